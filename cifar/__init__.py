@@ -1,0 +1,1 @@
+"""Train image classifiers on CIFAR: composable Hydra configuration over a plain PyTorch trainer."""

@@ -1,0 +1,148 @@
+"""Checks a composed configuration against the code it names, before anything is built from it.
+
+A component's signature is its schema: the argument names, types and ranges (pydantic's annotations) that a YAML file or
+the command line must fit. Together with the entry, `cifar.train`, this is the only module that sees `cfg`.
+"""
+
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+_BESIDE_PACKAGE = Path(__file__).resolve().parent / "conf"  # in a wheel
+_IN_REPOSITORY = Path(__file__).resolve().parent.parent / "conf"
+CONF = str(_BESIDE_PACKAGE if _BESIDE_PACKAGE.is_dir() else _IN_REPOSITORY)
+
+# Only what these modules themselves define can be built from a configuration. Nothing here runs a command, opens a
+# connection of the caller's choosing or deletes a file. To build from a package of your own, name it (comma-separated) in
+# the environment variable CIFAR_TARGETS: a choice of the machine's user, out of reach of a YAML file or a checkpoint.
+ALLOWED = (
+    "cifar.augment",
+    "cifar.data",
+    "cifar.logger",
+    "cifar.loss",
+    "cifar.models",
+    "cifar.optimizer",
+    "cifar.schedule",
+    "cifar.trainer",
+    "torch.nn.modules",
+    "torch.optim",
+)
+
+TOP_LEVEL = {"seed": NonNegativeInt, "resume": str | None}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names its key and what would be right."""
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise ConfigError unless each `_target_` is allowed and each of its arguments fits the target's signature.
+
+    `cfg` is the composed configuration without Hydra's own node.
+    """
+    settings = to_container(cfg)
+    for key, annotation in TOP_LEVEL.items():
+        _fit(key, settings.get(key), annotation)
+    for key, node in _targets(settings):
+        target = locate(key, node["_target_"])
+        parameters = inspect.signature(target).parameters
+        for name, value in node.items():
+            if name in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
+                continue
+            if name not in parameters:
+                raise ConfigError(f"{key}.{name}: {node['_target_']} takes no such argument; it takes {', '.join(parameters)}")
+            annotation = parameters[name].annotation
+            if annotation is not inspect.Parameter.empty and not _has_target(value):
+                _fit(f"{key}.{name}", value, annotation)
+
+
+def locate(key: str, target: Any) -> Callable[..., Any]:
+    """Return the object a `_target_` names; ConfigError naming `key` if it is not on the allow list or not there.
+
+    The object must have been defined, not only imported, in an allowed module: `cifar.data.archive.os.system` is refused
+    at its module path, and a name that an allowed module merely imported is refused by where it comes from.
+    """
+    allowed = ALLOWED + tuple(name.strip() for name in os.environ.get("CIFAR_TARGETS", "").split(",") if name.strip())
+    module_name, _, name = str(target).rpartition(".")
+    refused = ConfigError(
+        f"{key}._target_={target} is not allowed; it must be defined in one of {', '.join(allowed)} "
+        "(the environment variable CIFAR_TARGETS=yourpackage adds your own)"
+    )
+    # torch.optim.SGD and torch.nn.Linear are the public names of classes that submodules define.
+    if not _inside(module_name, (*allowed, "torch.nn")) or name.startswith("_"):
+        raise refused
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
+    if not callable(found) or not _inside(getattr(found, "__module__", None) or "", allowed):
+        raise refused
+    return found
+
+
+def to_container(cfg: DictConfig) -> dict[str, Any]:
+    """Return `cfg` as plain dictionaries, interpolations resolved; raises on a missing (`???`) value."""
+    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"optimizer.lr": 0.1, ...}`: one dotted key a leaf."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def config_hash(settings: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that are equal for configurations that train the same run.
+
+    How a run is recorded (`logger`) and whether it goes on from a checkpoint (`resume`) do not count.
+    """
+    relevant = {key: value for key, value in settings.items() if key not in ("logger", "resume")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _fit(key: str, value: Any, annotation: Any) -> None:
+    try:
+        # Strict JSON rules: "0.1" is no number and true is no integer, but a list fits a tuple and 1 fits a float.
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        reasons = dict.fromkeys(_reason(item["msg"]) for item in error.errors())
+        shown = "null" if value is None else value
+        raise ConfigError(f"{key}={shown}: {' or '.join(reasons)}") from None
+
+
+def _reason(message: str) -> str:
+    return message.replace("Input should be", "must be").replace("None", "null")
+
+
+def _inside(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield key, node
+        for name, child in node.items():
+            yield from _targets(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for position, child in enumerate(node):
+            yield from _targets(child, f"{key}[{position}]")
+
+
+def _has_target(value: Any) -> bool:
+    return next(_targets(value), None) is not None

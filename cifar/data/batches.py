@@ -1,0 +1,96 @@
+"""Batches cut by index from images that already lie on the device: no workers, no queue, no copy a step."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+# Small batches are prepared this many images at a time: at batch 4, indexing, scaling and augmenting step by step would
+# cost more than the network's forward pass.
+CHUNK = 1024
+
+
+class Normalize:
+    """uint8 images (n, 3, h, w) to float32 `(x / 255 - mean) / std`, in the arithmetic of torchvision's ToTensor + Normalize."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device | str = "cpu") -> None:
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return the normalised float32 images; a float input is taken to be in [0, 1] already."""
+        scaled = images if images.is_floating_point() else images.to(torch.float32).div_(255)
+        return (scaled - self.mean).div_(self.std)
+
+
+class Batches:
+    """The batches of one split: `images` uint8 (n, 3, h, w) and `labels` int64 (n,), both on the training device.
+
+    Order and augmentation are functions of `(seed, epoch, position)` alone, so a run that goes on in the middle of an epoch
+    sees exactly what an uninterrupted one would have seen, and there is no generator state to save.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        normalize: Normalize,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: Augmentation | None = None,
+        drop_last: bool = False,
+        memory_format: torch.memory_format = torch.contiguous_format,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.normalize = normalize
+        self.batch_size = batch_size
+        self.seed = seed
+        self.augment = augment
+        self.used = len(labels) // batch_size * batch_size if drop_last else len(labels)
+        self.memory_format = memory_format
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return -(-self.used // self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the shuffled, augmented, normalised batches of one epoch (counted from 0), from step `start` on.
+
+        Images are float32 (b, 3, h, w); targets are labels int64 (b,) or, after mixup or CutMix, probabilities (b, classes).
+        """
+        order = self.order(epoch)
+        steps_a_chunk = max(1, CHUNK // self.batch_size)
+        for first in range(start - start % steps_a_chunk, len(self), steps_a_chunk):
+            index = order[first * self.batch_size : (first + steps_a_chunk) * self.batch_size]
+            images, targets = self._prepare(index, epoch, first)
+            batches = zip(images.split(self.batch_size), targets.split(self.batch_size), strict=True)
+            for step, batch in enumerate(batches, start=first):
+                if step >= start:
+                    yield batch
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the indices, int64 (used,), of the images in the order in which an epoch trains on them."""
+        shuffled = torch.randperm(len(self.labels), generator=self._generator("cpu", "order", epoch))
+        return shuffled[: self.used].to(self.images.device)
+
+    def in_order(self) -> Iterator[Tensor]:
+        """Yield every image once, normalised and unaugmented, in the split's own order: for evaluation."""
+        for images in self.images.split(self.batch_size):
+            yield self.normalize(images).contiguous(memory_format=self.memory_format)
+
+    def _prepare(self, index: Tensor, epoch: int, first: int) -> tuple[Tensor, Tensor]:
+        images, targets = self.images.index_select(0, index), self.labels.index_select(0, index)
+        if self.augment is not None:
+            generator = self._generator(images.device, "augment", epoch, first)
+            images, targets = self.augment(images.to(torch.float32).div_(255), targets, generator)
+        return self.normalize(images).contiguous(memory_format=self.memory_format), targets
+
+    def _generator(self, device: torch.device | str, *key: str | int) -> torch.Generator:
+        # A hash keeps the streams of neighbouring seeds, epochs and purposes unrelated.
+        digest = hashlib.blake2b(repr((self.seed, *key)).encode(), digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,48 @@
+"""What a person sees when a command fails: one line on stderr, and an exit status that is not 0."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cifar.signals import Interrupted
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, with its type where the message alone wouldn't say what went wrong."""
+    message = " ".join(str(error).split())
+    # These carry sentences written for a person; of others (KeyError: 'x') the type is half of the message.
+    if message and isinstance(error, ValueError | OSError | RuntimeError):
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Run a command's body: any exception becomes one line on stderr and exit status 1 (an interruption: its own).
+
+    With HYDRA_FULL_ERROR=1 the exception goes through, traceback and all. It is also in `train.log`, where a run's folder
+    exists by then.
+    """
+    full = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
+    # Hydra itself would print its own several lines and exit; with this set it lets the exception through to here.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has gone; closing stdout quietly is what other commands do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if full:
+            raise
+        logging.getLogger(__name__).debug("failed", exc_info=True)
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,221 @@
+"""The training loop: step, log, validate, save. It knows nothing of files, of Hydra or of W&B."""
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from cifar.checkpoint import State, Window
+from cifar.data.batches import Batches
+from cifar.signals import Interrupted, stop_on_signals
+
+log = logging.getLogger(__name__)
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (b, classes), targets) -> mean loss ()
+Schedule = Callable[[int], float]  # step, counted from 0 -> factor of each group's learning rate
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """How a network is trained; see `conf/trainer/default.yaml` for what each setting means."""
+
+    epochs: PositiveInt = 5
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    channels_last: bool = False
+    accumulate: PositiveInt = 1
+    clip_norm: PositiveFloat | None = None
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    log_every: NonNegativeInt = 100
+    checkpoint_every: PositiveInt | None = None
+    eval_batch_size: PositiveInt = 500
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where this machine lacks the device, or the device the precision."""
+        self.torch_device = pick_device(self.device)
+        if self.precision == "fp16" and self.torch_device.type == "cpu":
+            raise ValueError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and convolution weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+        """Return the state of a run that has not taken a step yet; `model` is on the training device already."""
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        ema = None
+        if self.ema_decay is not None:
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay), use_buffers=True)
+        return State(
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            scaler=torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16"),
+            window=Window.empty(self.torch_device),
+        )
+
+    def fit(
+        self,
+        state: State,
+        loss: Loss,
+        schedule: Schedule,
+        train: Batches,
+        val: Batches | None,
+        record: Callable[[dict[str, Any]], None],
+        save: Callable[[State, bool], None],
+    ) -> None:
+        """Train from `state` on until `epochs` are done, changing `state` in place.
+
+        Each logged event goes to `record`; `save(state, is_best)` is called at checkpoints. Raises Interrupted, after
+        saving, when a signal asked to stop.
+        """
+        forward = torch.compile(state.model) if self.compile else state.model
+        with stop_on_signals() as stop, logging_redirect_tqdm():
+            for epoch in range(state.epoch, self.epochs):
+                state.model.train()
+                clock = time.perf_counter()
+                for images, targets in self._bar(train.epoch(epoch, start=state.batch), epoch, state.batch, len(train)):
+                    set_learning_rates(state.optimizer, schedule(state.step))
+                    self.step(state, forward, loss, images, targets)
+                    state.batch += 1
+                    state.step += 1
+                    state.images += len(images)
+                    at_end = state.batch == len(train)
+                    if self.log_every and state.batch % self.log_every == 0 and not at_end:
+                        clock = self._lap(state, "train", clock)
+                        self._log_running(state, epoch, record)
+                    if not at_end and (stop or (self.checkpoint_every and state.step % self.checkpoint_every == 0)):
+                        clock = self._lap(state, "train", clock)
+                        save(state, False)
+                        if stop:
+                            raise Interrupted(f"stopped by {stop.signal.name} at step {state.step}", stop.status)
+                clock = self._lap(state, "train", clock)
+                state.epoch, state.batch = epoch + 1, 0
+                row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
+                is_best = False
+                if val is not None:
+                    row |= self.validate(state, loss, val)
+                    clock = self._lap(state, "eval", clock)
+                    is_best = state.best is None or row["val/accuracy"] > state.best["value"]
+                    if is_best:
+                        state.best = {"metric": "val/accuracy", "value": row["val/accuracy"], "epoch": state.epoch}
+                row["images_per_second"] = state.images / state.seconds["train"]
+                self._record(state, epoch, row, record)
+                log.info("epoch %d/%d: %s", state.epoch, self.epochs, describe(row))
+                save(state, is_best)
+                if stop and state.epoch < self.epochs:
+                    raise Interrupted(f"stopped by {stop.signal.name} at the end of epoch {state.epoch}", stop.status)
+
+    def step(self, state: State, forward: nn.Module, loss: Loss, images: Tensor, targets: Tensor) -> None:
+        """Take one optimizer step on a batch; its loss and accuracy are added to `state.window`.
+
+        With `accumulate` = k the batch is computed in k parts whose gradients add up to the whole batch's: less memory,
+        same step (but for BatchNorm, which sees parts).
+        """
+        state.optimizer.zero_grad(set_to_none=True)
+        for part, part_targets in zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True):
+            with self.autocast():
+                logits = forward(part)
+                value = loss(logits, part_targets)
+            share = len(part) / len(images)
+            state.scaler.scale(value if share == 1 else value * share).backward()
+            state.window.add(value.detach(), count_correct(logits, part_targets), len(part))
+        if self.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+
+    def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
+        """Return loss and accuracy on the validation split as `val/loss`, `val/accuracy`."""
+        logits = infer(state.evaluated, val, self.autocast())
+        return {"val/loss": loss(logits, val.labels).item(), "val/accuracy": accuracy(logits, val.labels)}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context in which the forward pass runs at the chosen precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=AMP_DTYPES[self.precision])
+
+    def _bar(self, batches: Any, epoch: int, done: int, total: int) -> Any:
+        # disable=None: tqdm draws on a terminal and keeps silent elsewhere, where plain lines are logged instead.
+        disable = None if self.progress is None else not self.progress
+        label = f"epoch {epoch + 1}/{self.epochs}"
+        return tqdm(batches, label, total, initial=done, leave=False, disable=disable, unit="step", dynamic_ncols=True)
+
+    def _lap(self, state: State, phase: str, since: float) -> float:
+        if self.torch_device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        state.seconds[phase] += now - since
+        return now
+
+    def _log_running(self, state: State, epoch: int, record: Callable[[dict[str, Any]], None]) -> None:
+        row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
+        log.info("[%d, %5d] loss: %.3f  accuracy: %.3f", epoch + 1, state.batch, row["train/loss"], row["train/accuracy"])
+        self._record(state, epoch, row, record)
+
+    def _record(self, state: State, epoch: int, row: dict[str, Any], record: Callable[[dict[str, Any]], None]) -> None:
+        state.rows += 1
+        seconds = state.seconds["train"] + state.seconds["eval"]
+        record({"epoch": epoch + 1, "step": state.step, "seconds": round(seconds, 3)} | row)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device for `trainer.device`; `auto` is CUDA, else MPS, else the CPU. ValueError if it isn't there."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in present.items() if there)
+    if not present[name]:
+        there = ", ".join(device for device, is_there in present.items() if is_there)
+        raise ValueError(f"trainer.device={name}: this machine (with this build of torch) has none; use auto or {there}")
+    return torch.device(name)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to its initial one times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+@torch.inference_mode()
+def infer(model: nn.Module, batches: Batches, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
+    """Return the logits, float32 (n, classes), of every image in the split's own order, in evaluation mode."""
+    model.eval()
+    with autocast or nullcontext():
+        return torch.cat([model(images) for images in batches.in_order()]).float()
+
+
+def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return how many predictions are right, int64 (); of mixed targets the heaviest class counts."""
+    labels = targets if targets.ndim == 1 else targets.argmax(1)
+    return (logits.argmax(1) == labels).sum()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Return the fraction, 0 to 1, of right predictions."""
+    return count_correct(logits, labels).item() / len(labels)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return the accuracies (in percent) and losses of an epoch's row as a person reads them."""
+    parts = [f"train loss {row['train/loss']:.3f}, accuracy {row['train/accuracy']:.1%}"]
+    if "val/loss" in row:
+        parts.append(f"validation loss {row['val/loss']:.3f}, accuracy {row['val/accuracy']:.1%}")
+    return "; ".join([*parts, f"{row['images_per_second']:,.0f} images/s"])
