@@ -56,6 +56,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     window: Window
+    data: dict[str, Any]  # what it is trained on: {classes, mean, std, image_shape, steps (an epoch)}
     ema: torch.optim.swa_utils.AveragedModel | None = None
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished steps of the epoch under way
@@ -79,6 +80,7 @@ class State:
             "ema": None if self.ema is None else self.ema.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": {"loss": self.window.loss, "correct": self.window.correct, "images": self.window.images},
+            "data": self.data,
             "rng": _generator_states(self.window.loss.device),
             "epoch": self.epoch,
             "batch": self.batch,
@@ -99,12 +101,22 @@ class State:
         missing = [key for key in self.state_dict() if key not in saved]
         if missing:
             raise CheckpointError(f"lacks {', '.join(missing)}; it was not written by this version of the trainer")
+        for key in ("classes", "image_shape"):
+            if saved["data"][key] != self.data[key]:
+                raise CheckpointError(f"was saved on data with {key} {saved['data'][key]}, not {self.data[key]}")
+        if saved["batch"] and saved["data"]["steps"] != self.data["steps"]:
+            raise CheckpointError(
+                f"was saved within an epoch of {saved['data']['steps']} steps, and this run's has {self.data['steps']}: "
+                "data and data.batch_size must stay as they were until the epoch's end"
+            )
         load_weights(self.model, saved["model"])
         if (self.ema is None) != (saved["ema"] is None):
             raise CheckpointError("was saved with trainer.ema_decay " + ("on" if self.ema is None else "off"))
         if self.ema is not None:
             self.ema.load_state_dict(saved["ema"])
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups
+        ]
         try:
             self.optimizer.load_state_dict(saved["optimizer"])
         except ValueError as error:
@@ -128,6 +140,20 @@ def evaluated_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content["ema"].items() if name != "n_averaged"}
 
 
+def resume(state: State, path: Path) -> None:
+    """Put the checkpoint at `path` into `state`; CheckpointError naming the file and what differs if it does not fit."""
+    content = load(path)
+    try:
+        state.load_state_dict(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_evaluated(model: nn.Module, path: Path) -> None:
+    """Load into `model` the weights that the checkpoint at `path` is evaluated by."""
+    load_weights(model, evaluated_weights(load(path)))
+
+
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load `weights` into `model`; CheckpointError listing what differs if they are another model's."""
     own = model.state_dict()
@@ -144,11 +170,13 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` (tensors and plain values) to `path`, whole or not at all, with a digest of it inside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(content | {"digest": digest(content)}, temporary)
+def save(content: dict[str, Any], *paths: Path) -> None:
+    """Write `content` (tensors and plain values) to each path, whole or not at all, with a digest of it inside."""
+    content = content | {"digest": digest(content)}
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A component's signature is its schema: the argument names, types and ranges (pyd
 the command line must fit. Together with the entry, `cifar.train`, this is the only module that sees `cfg`.
 """
 
+import difflib
 import hashlib
 import importlib
 import inspect
@@ -58,7 +59,9 @@ def check(cfg: DictConfig) -> None:
             if name in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
                 continue
             if name not in parameters:
-                raise ConfigError(f"{key}.{name}: {node['_target_']} takes no such argument; it takes {', '.join(parameters)}")
+                raise ConfigError(
+                    f"{key}.{name}: {node['_target_']} takes no such argument; it takes {', '.join(parameters)}"
+                )
             annotation = parameters[name].annotation
             if annotation is not inspect.Parameter.empty and not _has_target(value):
                 _fit(f"{key}.{name}", value, annotation)
@@ -104,6 +107,21 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def suggestion(key: str) -> str:
+    """Return ", did you mean ...?" with the known settings and groups that look like `key`, or ";"."""
+    groups = {path.name: [f"{path.name}.{key}" for key in _keys(path)] for path in Path(CONF).iterdir() if path.is_dir()}
+    known = [*TOP_LEVEL, *groups, *(key for keys in groups.values() for key in keys)]
+    near = difflib.get_close_matches(key, dict.fromkeys(known), n=3, cutoff=0.7)
+    # A right name in the wrong place, `lr=0.1`, is closer in mind than in letters.
+    near += [name for name in dict.fromkeys(known) if name.endswith(f".{key}") and name not in near]
+    return f", did you mean {' or '.join(near[:2])}?" if near else ";"
+
+
+def _keys(group: Path) -> list[str]:
+    choices = [OmegaConf.load(path) for path in sorted(group.glob("*.yaml"))]
+    return [str(key) for choice in choices for key in choice if not str(key).startswith("_") and key != "defaults"]
 
 
 def config_hash(settings: dict[str, Any]) -> str:

@@ -1,17 +1,28 @@
 """What a person sees when a command fails: one line on stderr, and an exit status that is not 0."""
 
-import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf.errors import MissingMandatoryValue
+
+from cifar.config import suggestion
 from cifar.signals import Interrupted
 
 
 def one_line(error: BaseException) -> str:
     """Return an exception's message on one line, with its type where the message alone wouldn't say what went wrong."""
     message = " ".join(str(error).split())
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not set: give it as {error.full_key}=VALUE"
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: no such choice; {group} can be {', '.join(sorted(error.options))}"
+    if isinstance(error, ConfigCompositionException) and (override := re.match(r"Could not override '(.+?)'", message)):
+        return f"{override[1]}: no such setting{suggestion(override[1])} `python -m cifar.train --cfg job` lists them all"
     # These carry sentences written for a person; of others (KeyError: 'x') the type is half of the message.
     if message and isinstance(error, ValueError | OSError | RuntimeError):
         return message
@@ -22,8 +33,8 @@ def one_line(error: BaseException) -> str:
 def reported() -> Iterator[None]:
     """Run a command's body: any exception becomes one line on stderr and exit status 1 (an interruption: its own).
 
-    With HYDRA_FULL_ERROR=1 the exception goes through, traceback and all. It is also in `train.log`, where a run's folder
-    exists by then.
+    With HYDRA_FULL_ERROR=1 the exception goes through, traceback and all. A run's folder keeps it in any case, in
+    `train.log` and `result.json`.
     """
     full = os.environ.get("HYDRA_FULL_ERROR") not in (None, "", "0")
     # Hydra itself would print its own several lines and exit; with this set it lets the exception through to here.
@@ -43,6 +54,5 @@ def reported() -> Iterator[None]:
     except Exception as error:
         if full:
             raise
-        logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)

@@ -4,9 +4,10 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+from cifar.run import Job
 
 log = logging.getLogger(__name__)
 
@@ -14,23 +15,12 @@ log = logging.getLogger(__name__)
 class Logger(Protocol):
     """Where a run's events go besides its own `metrics.jsonl`."""
 
-    info: dict[str, Any] | None  # for result.json: {id, mode, dir}
+    @property
+    def info(self) -> dict[str, Any] | None:
+        """What `result.json` says of it: {id, mode, dir}."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Take one event: `epoch`, `step`, `seconds` and metrics."""
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What a logger is told of a run when it starts."""
-
-    folder: Path  # the run's folder
-    shared: Path  # the sweep's folder where there is one, else the run's
-    sweep: str | None  # the sweep's name
-    job: int | None  # its number in the sweep
-    overrides: list[str]
-    settings: dict[str, Any]  # the whole configuration, resolved
-    resume: str | None  # the W&B id of the run that goes on
 
 
 class _Silent:
@@ -41,7 +31,7 @@ class _Silent:
 
 
 @contextmanager
-def none(experiment: Experiment) -> Iterator[Logger]:
+def none(job: Job, settings: dict[str, Any], resume: str | None) -> Iterator[Logger]:
     """Log nowhere else: `metrics.jsonl` and `result.json` are written all the same."""
     yield _Silent()
 
@@ -58,7 +48,9 @@ class _Wandb:
 
 @contextmanager
 def wandb(
-    experiment: Experiment,
+    job: Job,
+    settings: dict[str, Any],
+    resume: str | None,
     mode: Literal["auto", "online", "offline", "disabled"] = "auto",
     project: str = "cifar",
     group: str | None = None,
@@ -66,32 +58,37 @@ def wandb(
 ) -> Iterator[Logger]:
     """One W&B run for this run, finished on leaving; `group` defaults to the sweep's name.
 
+    `settings` is the whole configuration, resolved; `resume` the W&B id of the run that goes on, or None.
+
     `auto` logs online where an API key is configured and offline otherwise, saying how to upload later. The environment's
     WANDB_MODE, where set, decides for `auto`.
     """
     import wandb as client
 
     chosen = _mode(client) if mode == "auto" else mode
-    home = str(Path.home())
+    sweep = job.sweep.name if job.sweep else None
+    shared = job.sweep or job.folder
     config = {
-        **experiment.settings,
-        "job": experiment.job,
-        "overrides": dict(item.lstrip("+~").partition("=")[::2] for item in experiment.overrides),
-        "sweep": experiment.sweep,
+        **settings,
+        "sweep": sweep,
+        "job": job.number,
+        "overrides": dict(item.lstrip("+~").partition("=")[::2] for item in job.overrides),
     }
     with client.init(
         project=project,
-        group=group or experiment.sweep,
-        name=f"{experiment.sweep}/{experiment.job}" if experiment.sweep else experiment.folder.name,
+        group=group or sweep,
+        name=f"{sweep}/{job.number}" if sweep else job.folder.name,
         tags=tags,
-        id=experiment.resume,
-        resume="allow" if experiment.resume else None,
+        id=resume,
+        resume="allow" if resume else None,
         mode=chosen,
-        dir=str(experiment.shared),
-        config=_without(home, config),
+        dir=str(shared),
+        config=_without(str(Path.home()), config),
         # The run's folder holds code version, machine and console output already; W&B's own collectors would add the
         # home path, the full command line and the list of installed packages.
-        settings=client.Settings(console="off", silent=True, x_disable_meta=True, save_code=False, x_save_requirements=False),
+        settings=client.Settings(
+            console="off", silent=True, x_disable_meta=True, save_code=False, x_save_requirements=False
+        ),
     ) as run:
         run.define_metric("step")
         run.define_metric("*", step_metric="step", summary="max,last")
@@ -100,8 +97,8 @@ def wandb(
         logger = _Wandb(run, chosen)
         if chosen == "online":
             log.info("W&B: %s", run.url)
-        elif chosen == "offline" and not experiment.sweep:  # a sweep says it once, at its end
-            log.info("W&B: offline; to upload: %s", sync_command(experiment.shared))
+        elif chosen == "offline" and not sweep:  # a sweep says it once, at its end
+            log.info("W&B: offline; to upload: %s", sync_command(shared))
         yield logger
 
 
@@ -110,7 +107,7 @@ def sync_command(shared: Path) -> str:
     return f"wandb sync {shared / 'wandb'}/offline-run-*"
 
 
-def _mode(client: Any) -> str:
+def _mode(client: Any) -> Any:
     """Online where a key is configured, else offline; asks nobody and opens no connection."""
     if asked := os.environ.get("WANDB_MODE"):
         return asked

@@ -1,10 +1,10 @@
 """A run's folder: the one place that knows its files. Reads and writes them; imports torch only to describe the machine.
 
-    .hydra/                  Hydra's record of configuration and overrides
-    train.log                what the run said
-    metrics.jsonl            one JSON object a logged event
-    checkpoints/last.pt      full training state; best.pt where there is a validation split
-    result.json              status, metrics, best, environment; written at the start and at the end, whole or not at all
+.hydra/                  Hydra's record of configuration and overrides
+train.log                what the run said
+metrics.jsonl            one JSON object a logged event
+checkpoints/last.pt      full training state; best.pt where there is a validation split
+result.json              status, metrics, best, environment; written at the start and at the end, whole or not at all
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,16 @@ Row = dict[str, Any]
 
 class RunError(ValueError):
     """A folder that is no run, or one that lacks what was asked of it; the message names the path."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run as the command line asked for it: its folder and, in a sweep, the sweep's folder and the job's number."""
+
+    folder: Path
+    overrides: list[str] = field(default_factory=list)
+    sweep: Path | None = None
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,13 @@ class Run:
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
+
+    def last_values(self) -> Row:
+        """Return the newest value of each metric logged."""
+        values: Row = {}
+        for row in self.rows():
+            values |= row
+        return {key: value for key, value in values.items() if key not in ("epoch", "step", "seconds")}
 
     def keep_rows(self, count: int) -> None:
         """Drop the events after the first `count`: those logged later than the checkpoint from which a run goes on."""
@@ -119,6 +136,7 @@ class Run:
     def recording(self, **known: Any) -> Iterator[dict[str, Any]]:
         """Write `result.json` as `running`, yield it to be filled, and write it as `finished` or, on any error, `failed`."""
         started = time.perf_counter()
+        previous = self.result()
         result: dict[str, Any] = {
             "status": "running",
             "error": None,
@@ -134,6 +152,8 @@ class Run:
             "environment": {},
             "wandb": None,
         } | known
+        if previous is not None:  # the run goes on
+            result["seconds"] = previous["seconds"]
         self.write_result(result)
         try:
             yield result
@@ -141,6 +161,8 @@ class Run:
         except BaseException as error:
             result["status"] = "failed"
             result["error"] = str(error) if isinstance(error, Interrupted) else traceback.format_exc()
+            with (self.dir / "train.log").open("a", encoding="utf-8") as file:
+                file.write(result["error"].rstrip() + "\n")
             raise
         finally:
             result["seconds"]["total"] += time.perf_counter() - started
@@ -156,7 +178,9 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise RunError(f"{path}: no such folder; give a run's folder, a sweep's, or several")
-        found = [path] if _is_run(path) else sorted((*_runs_below(path, "*"), *_runs_below(path, "*/*")), key=_by_number)
+        found = (
+            [path] if _is_run(path) else sorted((*_runs_below(path, "*"), *_runs_below(path, "*/*")), key=_by_number)
+        )
         if not found:
             raise RunError(f"{path}: no run in it (a run's folder holds .hydra/ or result.json)")
         for folder in found:

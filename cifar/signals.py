@@ -9,8 +9,11 @@ from types import FrameType
 STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong: the run was asked to stop, and did
-    """The run saved its state and stopped because of a signal; `status` is the exit status a scheduler expects."""
+class Interrupted(KeyboardInterrupt):
+    """The run saved its state and stopped because of a signal; `status` is the exit status a scheduler expects.
+
+    Not an Exception: it ends a whole sweep, as Ctrl-C does, rather than one job of it.
+    """
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -20,16 +23,21 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong: the run was as
 class StopRequest:
     """The signal that asked to stop, if one did."""
 
-    signal: signal.Signals | None = None
+    received: signal.Signals | None = None
 
     def __bool__(self) -> bool:
         """Whether the run is to stop after this step."""
-        return self.signal is not None
+        return self.received is not None
+
+    @property
+    def name(self) -> str:
+        """The signal's name, such as SIGTERM."""
+        return self.received.name if self.received else "no signal"
 
     @property
     def status(self) -> int:
         """The exit status by convention: 128 plus the signal's number (SIGTERM: 143)."""
-        return 128 + (self.signal or 0)
+        return 128 + (self.received or 0)
 
 
 @contextmanager
@@ -43,7 +51,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def ask(number: int, _: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        request.received = signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield request

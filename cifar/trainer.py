@@ -20,6 +20,7 @@ from cifar.signals import Interrupted, stop_on_signals
 
 log = logging.getLogger(__name__)
 
+Forward = Callable[[Tensor], Tensor]  # images (b, 3, h, w) -> logits (b, classes)
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (b, classes), targets) -> mean loss ()
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor of each group's learning rate
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,8 +54,11 @@ class Trainer:
         """The layout of images and convolution weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-        """Return the state of a run that has not taken a step yet; `model` is on the training device already."""
+    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any]) -> State:
+        """Return the state of a run that has not taken a step yet; `model` is on the training device already.
+
+        `data` describes what it is trained on; see `State`.
+        """
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         ema = None
@@ -66,6 +70,7 @@ class Trainer:
             ema=ema,
             scaler=torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16"),
             window=Window.empty(self.torch_device),
+            data=data,
         )
 
     def fit(
@@ -102,7 +107,7 @@ class Trainer:
                         clock = self._lap(state, "train", clock)
                         save(state, False)
                         if stop:
-                            raise Interrupted(f"stopped by {stop.signal.name} at step {state.step}", stop.status)
+                            raise Interrupted(f"stopped by {stop.name} at step {state.step}", stop.status)
                 clock = self._lap(state, "train", clock)
                 state.epoch, state.batch = epoch + 1, 0
                 row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
@@ -114,13 +119,13 @@ class Trainer:
                     if is_best:
                         state.best = {"metric": "val/accuracy", "value": row["val/accuracy"], "epoch": state.epoch}
                 row["images_per_second"] = state.images / state.seconds["train"]
-                self._record(state, epoch, row, record)
+                self._record(state, state.epoch, row, record)
                 log.info("epoch %d/%d: %s", state.epoch, self.epochs, describe(row))
                 save(state, is_best)
                 if stop and state.epoch < self.epochs:
-                    raise Interrupted(f"stopped by {stop.signal.name} at the end of epoch {state.epoch}", stop.status)
+                    raise Interrupted(f"stopped by {stop.name} at the end of epoch {state.epoch}", stop.status)
 
-    def step(self, state: State, forward: nn.Module, loss: Loss, images: Tensor, targets: Tensor) -> None:
+    def step(self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor) -> None:
         """Take one optimizer step on a batch; its loss and accuracy are added to `state.window`.
 
         With `accumulate` = k the batch is computed in k parts whose gradients add up to the whole batch's: less memory,
@@ -147,6 +152,20 @@ class Trainer:
         logits = infer(state.evaluated, val, self.autocast())
         return {"val/loss": loss(logits, val.labels).item(), "val/accuracy": accuracy(logits, val.labels)}
 
+    def test(self, state: State, loss: Loss, test: Batches, record: Callable[[dict[str, Any]], None]) -> None:
+        """Record loss and accuracy on the test split, of all of it and of each class, as `test/...`; say them too."""
+        clock = time.perf_counter()
+        logits = infer(state.evaluated, test, self.autocast())
+        row = {"test/loss": loss(logits, test.labels).item(), "test/accuracy": accuracy(logits, test.labels)}
+        log.info("accuracy on the %s test images: %.2f %%", f"{len(logits):,}", 100 * row["test/accuracy"])
+        for label, name in enumerate(state.data["classes"]):
+            of_class = test.labels == label
+            if of_class.any():
+                row[f"test/accuracy/{name}"] = accuracy(logits[of_class], test.labels[of_class])
+                log.info("accuracy for class %-12s %.1f %%", name, 100 * row[f"test/accuracy/{name}"])
+        self._lap(state, "eval", clock)
+        self._record(state, state.epoch, row, record)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs at the chosen precision."""
         if self.precision == "fp32":
@@ -168,13 +187,15 @@ class Trainer:
 
     def _log_running(self, state: State, epoch: int, record: Callable[[dict[str, Any]], None]) -> None:
         row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
-        log.info("[%d, %5d] loss: %.3f  accuracy: %.3f", epoch + 1, state.batch, row["train/loss"], row["train/accuracy"])
-        self._record(state, epoch, row, record)
+        log.info(
+            "[%d, %5d] loss: %.3f  accuracy: %.3f", epoch + 1, state.batch, row["train/loss"], row["train/accuracy"]
+        )
+        self._record(state, epoch + 1, row, record)
 
     def _record(self, state: State, epoch: int, row: dict[str, Any], record: Callable[[dict[str, Any]], None]) -> None:
         state.rows += 1
         seconds = state.seconds["train"] + state.seconds["eval"]
-        record({"epoch": epoch + 1, "step": state.step, "seconds": round(seconds, 3)} | row)
+        record({"epoch": epoch, "step": state.step, "seconds": round(seconds, 3)} | row)
 
 
 def pick_device(name: str) -> torch.device:
@@ -184,7 +205,9 @@ def pick_device(name: str) -> torch.device:
         name = next(device for device, there in present.items() if there)
     if not present[name]:
         there = ", ".join(device for device, is_there in present.items() if is_there)
-        raise ValueError(f"trainer.device={name}: this machine (with this build of torch) has none; use auto or {there}")
+        raise ValueError(
+            f"trainer.device={name}: this machine (with this build of torch) has none; use auto or {there}"
+        )
     return torch.device(name)
 
 

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_mean_squared_error_is_the_formula(targets: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, mean_squared_error])
-def test_labels_count_as_one_hot_targets(loss) -> None:
+def test_labels_count_as_one_hot_targets(loss: Callable[..., torch.Tensor]) -> None:
     hot = torch.tensor([one_hot(label) for label in LABELS])
     torch.testing.assert_close(loss(torch.tensor(LOGITS), torch.tensor(LABELS)), loss(torch.tensor(LOGITS), hot))
 

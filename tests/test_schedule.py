@@ -1,15 +1,17 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from cifar.schedule import constant, cosine, linear, one_cycle, step
+from cifar.schedule import Schedule, constant, cosine, linear, one_cycle, step
 
 LR = 0.3
 
 
-def torch_factors(scheduler: type, count: int, **arguments) -> list[float]:
+def torch_factors(scheduler: Callable[..., Any], count: int, **arguments: Any) -> list[float]:
     """The rate of each optimizer step under torch's own scheduler, over the base rate."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     schedule = scheduler(optimizer, **arguments)
@@ -22,11 +24,11 @@ def torch_factors(scheduler: type, count: int, **arguments) -> list[float]:
     return factors
 
 
-def factors(schedule, total_steps: int) -> list[float]:
+def factors(schedule: Schedule, total_steps: int) -> list[float]:
     return [schedule(i) for i in range(total_steps)]
 
 
-@pytest.mark.parametrize("total", [2, 7, 100, 1000])
+@pytest.mark.parametrize("total", [3, 7, 100, 1000])
 @pytest.mark.parametrize(("peak_at", "start", "final"), [(0.3, 0.04, 4e-6), (0.5, 0.1, 0.001), (0.23, 0.2, 0.2)])
 def test_one_cycle_is_torchs(total: int, peak_at: float, start: float, final: float) -> None:
     expected = torch_factors(
@@ -120,14 +122,14 @@ def test_beyond_the_end_the_last_factor_stays() -> None:
 
 
 @pytest.mark.parametrize("schedule", [constant, linear, cosine])
-def test_warmup_rises_evenly_from_above_0(schedule) -> None:
+def test_warmup_rises_evenly_from_above_0(schedule: Callable[..., Schedule]) -> None:
     warm = schedule(1000, warmup=0.05)
     assert factors(warm, 50) == pytest.approx([(i + 1) / 50 for i in range(50)])
     assert warm(0) > 0
 
 
 @pytest.mark.parametrize("schedule", [constant, step, linear, cosine])
-def test_shape_does_not_depend_on_the_number_of_steps(schedule) -> None:
+def test_shape_does_not_depend_on_the_number_of_steps(schedule: Callable[..., Schedule]) -> None:
     short, long = schedule(1000), schedule(20_000)
     # Both are read where their warm-up, if any, has ended.
     assert [short(i) for i in range(100, 1000, 10)] == pytest.approx([long(20 * i) for i in range(100, 1000, 10)])

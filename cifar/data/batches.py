@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from cifar.data.dataset import Split
+
 Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 # Small batches are prepared this many images at a time: at batch 4, indexing, scaling and augmenting step by step would
@@ -27,7 +29,7 @@ class Normalize:
 
 
 class Batches:
-    """The batches of one split: `images` uint8 (n, 3, h, w) and `labels` int64 (n,), both on the training device.
+    """The batches of one split, whose images and labels lie on the training device already.
 
     Order and augmentation are functions of `(seed, epoch, position)` alone, so a run that goes on in the middle of an epoch
     sees exactly what an uninterrupted one would have seen, and there is no generator state to save.
@@ -35,8 +37,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        split: Split,
         normalize: Normalize,
         batch_size: int,
         *,
@@ -45,13 +46,13 @@ class Batches:
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        self.images = images
-        self.labels = labels
+        self.images = split.images
+        self.labels = split.labels
         self.normalize = normalize
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
-        self.used = len(labels) // batch_size * batch_size if drop_last else len(labels)
+        self.used = len(split) // batch_size * batch_size if drop_last else len(split)
         self.memory_format = memory_format
 
     def __len__(self) -> int:

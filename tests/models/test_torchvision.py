@@ -41,7 +41,6 @@ def saved(tmp_path):
         ("squeezenet1_1", {}),
         ("mobilenet_v3_small", {}),
         ("googlenet", {"aux_logits": False, "init_weights": False}),
-        ("vit_b_32", {"image_size": 32}),
     ],
 )
 def test_is_torchvisions_model(name, arguments, monkeypatch):
@@ -65,9 +64,22 @@ def test_is_torchvisions_model(name, arguments, monkeypatch):
 
 
 def test_default_is_mobilenet_v3_small():
-    assert_same_shapes = {key: value.shape for key, value in classifier(CIFAR, 10).state_dict().items()}
+    shapes = {key: value.shape for key, value in classifier(CIFAR, 10).state_dict().items()}
     expected = torchvision.models.mobilenet_v3_small(num_classes=10).state_dict()
-    assert assert_same_shapes == {key: value.shape for key, value in expected.items()}
+    assert shapes == {key: value.shape for key, value in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "key", "shape"),
+    [
+        ("vit_b_32", 64, "encoder.pos_embedding", (1, 1 + 2 * 2, 768)),
+        # 448 / 32 = 14: two partitions of 7 where the usual 224 gives one
+        ("maxvit_t", 448, "classifier.5.weight", (10, 512)),
+    ],
+)
+def test_models_built_for_the_image_size(name, side, key, shape):
+    with torch.device("meta"):  # shapes alone: these models are large
+        assert classifier((3, side, side), 10, name).state_dict()[key].shape == shape
 
 
 def test_all_weights_of_a_file_with_the_same_classes(saved, caplog):
@@ -210,7 +222,7 @@ def test_unknown_name(name, close):
     [("squeezenet1_1", (3, 8, 8)), ("vit_b_32", (3, 40, 40)), ("vit_b_32", (3, 32, 64)), ("maxvit_t", (3, 32, 32))],
 )
 def test_images_that_the_model_cannot_take(name, image_shape):
-    with pytest.raises(ValueError, match=r"model\.name") as error:
+    with torch.device("meta"), pytest.raises(ValueError, match=r"model\.name") as error:
         classifier(image_shape, 10, name)
     channels, height, width = image_shape
     text = message(error)

@@ -1,0 +1,98 @@
+"""What happens around a run or a sweep: refusals before anything is written, one job at a time, the table at the end."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from cifar.config import check
+from cifar.errors import one_line
+from cifar.run import Run, RunError
+
+log = logging.getLogger(__name__)
+
+
+class Callbacks(Callback):
+    """Hydra calls these before it makes a folder."""
+
+    sweep: Path | None = None  # the folder of the sweep under way in this process
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Refuse a single run that cannot work, or that would overwrite another, while there is nothing to clean up."""
+        try:
+            settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            check(settings)
+            folder = Path(config.hydra.run.dir)
+            if config.resume is None and Run(folder).result() is not None:
+                raise RunError(f"hydra.run.dir={folder} holds a run already; resume=auto goes on with it")
+        except Exception as error:
+            # Hydra turns an exception in a callback into a warning and goes on; only SystemExit stops it.
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remember the sweep's folder for `summarize`."""
+        Callbacks.sweep = Path(config.hydra.sweep.dir)
+
+
+def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
+    """Return the command line with `resume=FOLDER` replaced by what started that run, later overrides winning.
+
+    The run's recorded overrides are replayed, its folder becomes this run's folder; `resume=null|auto` is left alone.
+    """
+    asked = [argument for argument in arguments if argument.startswith("resume=")]
+    folder = asked[-1].removeprefix("resume=").strip("'\"") if asked else ""
+    if folder in ("", "null", "auto"):
+        return arguments
+    run = Run(Path(folder))
+    if not run.last.exists():
+        raise RunError(f"resume={folder}: no checkpoint in it (looked for {run.last})")
+    given = [argument for argument in arguments if argument not in asked]
+    if "-m" in given or "--multirun" in given:
+        raise RunError(
+            f"resume={folder} goes on with one run; to go on with a sweep, repeat it with hydra.sweep.dir=<its folder>"
+        )
+    replaced = {_key(argument) for argument in given} | {"resume", "hparams_search"}
+    # What Hydra itself is told (callbacks, logging, ...) is the user's to say, not a folder's that may come from elsewhere.
+    recorded = [item for item in run.overrides() if _key(item) not in replaced and not _key(item).startswith("hydra")]
+    quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+    return [*recorded, *given, "resume=auto", f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+
+
+def summarize() -> bool | None:
+    """After a sweep, print its table and what failed; return whether every job finished. None where there was no sweep."""
+    folder = Callbacks.sweep
+    if folder is None or not folder.is_dir():
+        return None
+    from cifar.compare import compare, print_table
+    from cifar.run import find_runs
+
+    try:
+        runs = find_runs([folder])
+    except RunError:  # stopped before the first job began
+        return False
+    print_table(compare([folder]))
+    failed = []
+    offline = False
+    for run in runs:
+        result = run.result() or {"status": "never started", "error": None, "wandb": None}
+        if result["status"] != "finished":
+            failed.append((run, result))
+        offline |= (result["wandb"] or {}).get("mode") == "offline"
+    for run, result in failed:
+        print(
+            f"\n{run.dir}: {result['status']}\n{(result['error'] or 'no word from it: killed?').rstrip()}",
+            file=sys.stderr,
+        )
+    if offline:
+        from cifar.logger import sync_command
+
+        print(f"W&B: offline; to upload the whole sweep: {sync_command(folder)}")
+    return not failed
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torchvision.transforms import Normalize as TorchvisionNormalize
+from torchvision.transforms.functional import to_tensor
+
+from cifar.data import batches as module
+from cifar.data.batches import Batches, Normalize
+from cifar.data.dataset import Split
+
+NORMALIZE = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+
+
+def split(n: int) -> Split:
+    """Images whose every pixel is their own number, so that a batch shows which images it holds."""
+    numbers = torch.arange(n, dtype=torch.uint8)
+    return Split(numbers.view(n, 1, 1, 1).expand(n, 3, 4, 4).contiguous(), numbers.long() % 10)
+
+
+def held(images: torch.Tensor) -> list[int]:
+    return ((images[:, 0, 0, 0] * 0.2 + 0.4) * 255).round().int().tolist()
+
+
+def test_normalize_equals_torchvision_to_the_bit() -> None:
+    image = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    expected = [
+        TorchvisionNormalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))(to_tensor(one.permute(1, 2, 0).numpy())) for one in image
+    ]
+    assert torch.equal(NORMALIZE(image), torch.stack(expected))
+    assert torch.equal(NORMALIZE(image.float() / 255), torch.stack(expected))
+
+
+@pytest.mark.parametrize("chunk", [1, 12, 1024])
+def test_an_epoch_holds_each_image_once(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    data = split(50)
+    training = Batches(data, NORMALIZE, 8, seed=1)
+    assert len(training) == 7
+    seen, labels = [], []
+    for images, targets in training.epoch(0):
+        seen.append(held(images))
+        labels += targets.tolist()
+    assert [len(batch) for batch in seen] == [8] * 6 + [2]
+    flat = [number for batch in seen for number in batch]
+    assert flat == training.order(0).tolist()
+    assert sorted(flat) == list(range(50))
+    assert labels == [number % 10 for number in flat]
+
+
+def test_order_follows_seed_and_epoch() -> None:
+    orders = {
+        (seed, epoch): tuple(Batches(split(50), NORMALIZE, 8, seed=seed).order(epoch).tolist())
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(set(orders.values())) == 4
+    assert tuple(Batches(split(50), NORMALIZE, 4, seed=1).order(1).tolist()) == orders[1, 1]
+
+
+@pytest.mark.parametrize("start", range(8))
+@pytest.mark.parametrize("chunk", [8, 24])
+def test_an_epoch_goes_on_where_it_stopped(start: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", chunk)
+
+    def noise(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return images + torch.rand(images.shape, generator=generator), labels
+
+    training = Batches(split(50), NORMALIZE, 8, augment=noise)
+    whole = list(training.epoch(3))
+    rest = list(training.epoch(3, start=start))
+    assert len(rest) == 7 - start if start < 7 else rest == []
+    for (images, targets), (same_images, same_targets) in zip(rest, whole[start:], strict=True):
+        assert torch.equal(images, same_images)
+        assert torch.equal(targets, same_targets)
+
+
+def test_augmentation_draws_anew_each_epoch_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 8)
+    draws = []
+
+    def augment(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        assert images.dtype == torch.float32
+        assert 0 <= images.min()
+        assert images.max() <= 1
+        draws.append(torch.rand((), generator=generator).item())
+        return images, labels
+
+    for seed in (0, 1):
+        training = Batches(split(32), NORMALIZE, 8, augment=augment, seed=seed)
+        for epoch in (0, 1):
+            list(training.epoch(epoch))
+    assert len(set(draws)) == len(draws) == 16
+
+
+def test_drop_last_leaves_out_the_partial_batch() -> None:
+    training = Batches(split(50), NORMALIZE, 8, drop_last=True)
+    assert len(training) == 6
+    assert [len(targets) for _, targets in training.epoch(0)] == [8] * 6
+
+
+def test_in_order_is_the_splits_order() -> None:
+    assert [number for images in Batches(split(50), NORMALIZE, 8).in_order() for number in held(images)] == list(range(50))

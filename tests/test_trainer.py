@@ -1,0 +1,270 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from torch import nn
+
+from cifar.config import CONF
+from cifar.data.batches import Batches, Normalize
+from cifar.data.dataset import Split
+from cifar.loss import cross_entropy
+from cifar.models.mlp import MLP
+from cifar.models.net import Net
+from cifar.trainer import Trainer, accuracy, count_correct, infer, pick_device
+
+CLASSES = [str(label) for label in range(10)]
+
+
+def images(n: int, size: int = 32, seed: int = 0) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    return Split(
+        torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=generator),
+        torch.randint(0, 10, (n,), generator=generator),
+    )
+
+
+def batches(split: Split, batch_size: int = 8, **settings) -> Batches:
+    return Batches(split, Normalize((0.5,) * 3, (0.5,) * 3), batch_size, **settings)
+
+
+def fit(trainer: Trainer, model: nn.Module, split: Split, val: Split | None = None, lr: float = 0.05, **optimizer):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, **optimizer)
+    state = trainer.start(model, optimizer, {"classes": CLASSES, "image_shape": [3, 8, 8], "steps": 0})
+    rows: list[dict] = []
+    saved: list[tuple[int, bool]] = []
+    trainer.fit(
+        state,
+        cross_entropy,
+        lambda step: 1.0,
+        batches(split),
+        val and batches(val),
+        rows.append,
+        lambda state, is_best: saved.append((state.step, is_best)),
+    )
+    return state, rows, saved
+
+
+def test_golden_step_of_the_tutorial() -> None:
+    """One step of `experiment=tutorial`, composed and built as the entry does, against the tutorial's own lines in plain torch."""
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", overrides=["experiment=tutorial", "trainer.device=cpu"])
+    assert (cfg.data.batch_size, cfg.data.val_size, cfg.trainer.epochs, cfg.trainer.log_every) == (4, 0, 2, 2000)
+    split = images(4)
+
+    torch.manual_seed(cfg.seed)
+    trainer = instantiate(cfg.trainer)
+    model = instantiate(cfg.model, _partial_=True)((3, 32, 32), 10)
+    optimizer = instantiate(cfg.optimizer, _partial_=True)(model.parameters())
+    schedule = instantiate(cfg.schedule, _partial_=True)(25_000)
+    state = trainer.start(model, optimizer, {})
+    training = Batches(split, Normalize(tuple(cfg.data.mean), tuple(cfg.data.std)), cfg.data.batch_size, seed=cfg.seed)
+    inputs, targets = next(iter(training.epoch(0)))
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * schedule(0)
+    trainer.step(state, model, instantiate(cfg.loss, _partial_=True), inputs, targets)
+
+    # The tutorial, https://docs.pytorch.org/tutorials/beginner/blitz/cifar10_tutorial.html, written out.
+    torch.manual_seed(cfg.seed)
+    conv1, conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+    fc1, fc2, fc3 = nn.Linear(16 * 5 * 5, 120), nn.Linear(120, 84), nn.Linear(84, 10)
+    layers = nn.ModuleDict({"conv1": conv1, "conv2": conv2, "fc1": fc1, "fc2": fc2, "fc3": fc3})
+    order = training.order(0)
+    x = (split.images[order].float() / 255 - 0.5) / 0.5
+    x = F.max_pool2d(F.relu(conv1(x)), 2)
+    x = F.max_pool2d(F.relu(conv2(x)), 2)
+    x = torch.flatten(x, 1)
+    outputs = fc3(F.relu(fc2(F.relu(fc1(x)))))
+    log_probabilities = outputs - outputs.logsumexp(1, keepdim=True)
+    loss = -log_probabilities[range(4), split.labels[order]].mean()
+    before = {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
+    loss.backward()
+
+    assert state.window.loss.item() / 4 == pytest.approx(loss.item(), rel=1e-6), "the loss differs from cross-entropy"
+    for name, reference in layers.named_parameters():
+        ours = dict(model.named_parameters())[name]
+        torch.testing.assert_close(ours.grad, reference.grad, msg=f"the gradient of {name} differs", rtol=1e-5, atol=1e-7)
+        # SGD's first step: the momentum buffer starts as the gradient itself.
+        updated = before[name] - 0.001 * reference.grad
+        torch.testing.assert_close(ours.detach(), updated, msg=f"the updated {name} differs", rtol=1e-6, atol=1e-8)
+
+    # A second step on the same batch shows the momentum: v = 0.9 v + g, w = w - lr v.
+    first = {name: parameter.grad.clone() for name, parameter in layers.named_parameters()}
+    layers.load_state_dict({name: value for name, value in model.state_dict().items()})
+    trainer.step(state, model, instantiate(cfg.loss, _partial_=True), inputs, targets)
+    layers.zero_grad()
+    x = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(inputs)), 2))), 2).flatten(1)
+    before = {name: parameter.detach().clone() for name, parameter in layers.named_parameters()}
+    F.nll_loss(fc3(F.relu(fc2(F.relu(fc1(x))))).log_softmax(1), targets).backward()
+    for name, reference in layers.named_parameters():
+        updated = before[name] - 0.001 * (0.9 * first[name] + reference.grad)
+        ours = dict(model.named_parameters())[name].detach()
+        torch.testing.assert_close(ours, updated, msg=f"{name} after two steps differs: momentum?", rtol=1e-6, atol=1e-8)
+
+
+def test_fit_equals_a_plain_loop() -> None:
+    split, val = images(20, 8), images(12, 8, seed=1)
+    torch.manual_seed(3)
+    state, rows, saved = fit(Trainer(epochs=3, log_every=1, device="cpu"), MLP((3, 8, 8), 10), split, val, momentum=0.9)
+
+    torch.manual_seed(3)
+    model = MLP((3, 8, 8), 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses, best, training = [], -1.0, batches(split)
+    for epoch in range(3):
+        order = training.order(epoch)
+        for start in range(0, 20, 8):
+            index = order[start : start + 8]
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model((split.images[index].float() / 255 - 0.5) / 0.5), split.labels[index])
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+        logits = model((val.images.float() / 255 - 0.5) / 0.5)
+        row = next(row for row in rows if row["epoch"] == epoch + 1 and "val/loss" in row)
+        assert row["val/loss"] == pytest.approx(F.cross_entropy(logits, val.labels).item(), rel=1e-5)
+        assert row["val/accuracy"] == (logits.argmax(1) == val.labels).double().mean().item()
+        assert saved[epoch] == (3 * (epoch + 1), row["val/accuracy"] > best)
+        best = max(best, row["val/accuracy"])
+    assert state.best["value"] == best
+    for ours, reference in zip(state.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
+    assert [row["train/loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert (state.epoch, state.step, state.images, state.rows) == (3, 9, 60, 9)
+
+
+def test_running_loss_is_the_mean_since_the_last_line() -> None:
+    split = images(40, 8)
+    model = MLP((3, 8, 8), 10)
+    _, every, _ = fit(Trainer(epochs=1, log_every=1, device="cpu"), model, split, lr=0.0)
+    _, second, _ = fit(Trainer(epochs=1, log_every=2, device="cpu"), model, split, lr=0.0)
+    losses = [row["train/loss"] for row in every]
+    assert [row["step"] for row in second] == [2, 4, 5]
+    assert [row["train/loss"] for row in second] == pytest.approx(
+        [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2, losses[4]]
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_accumulate_takes_the_same_step(parts: int) -> None:
+    split = images(8, 8)
+    torch.manual_seed(0)
+    whole, rows, _ = fit(Trainer(epochs=1, device="cpu"), MLP((3, 8, 8), 10), split)
+    torch.manual_seed(0)
+    in_parts, part_rows, _ = fit(Trainer(epochs=1, device="cpu", accumulate=parts), MLP((3, 8, 8), 10), split)
+    for ours, reference in zip(in_parts.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-7)
+    assert part_rows[0]["train/loss"] == pytest.approx(rows[0]["train/loss"], rel=1e-6)
+
+
+def test_clip_norm_scales_the_gradient_to_the_norm() -> None:
+    split = images(8, 8)
+    torch.manual_seed(0)
+    model = MLP((3, 8, 8), 10)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    state, _, _ = fit(Trainer(epochs=1, device="cpu", clip_norm=0.01), model, split, lr=1.0)
+    change = torch.cat([(new - old).flatten() for new, old in zip(state.model.parameters(), before, strict=True)])
+    assert change.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_ema_is_the_average_of_the_weights_and_what_is_evaluated() -> None:
+    split = images(24, 8)
+    torch.manual_seed(0)
+    trajectory = []
+    model = MLP((3, 8, 8), 10)
+    trainer = Trainer(epochs=1, device="cpu", ema_decay=0.8)
+    original = trainer.step
+
+    def step(*arguments) -> None:
+        original(*arguments)
+        trajectory.append([parameter.detach().clone() for parameter in model.parameters()])
+
+    trainer.step = step  # type: ignore[method-assign]
+    state, _, _ = fit(trainer, model, split)
+    assert len(trajectory) == 3
+    average = trajectory[0]
+    for weights in trajectory[1:]:
+        average = [0.8 * mean + 0.2 * weight for mean, weight in zip(average, weights, strict=True)]
+    assert state.evaluated is not model
+    for ours, reference in zip(state.evaluated.parameters(), average, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_schedule_multiplies_each_groups_learning_rate() -> None:
+    split = images(16, 8)
+    torch.manual_seed(0)
+    model = MLP((3, 8, 8), 10, widths=[])
+    weight, bias = model.parameters()
+    first_weight, first_bias = weight.detach().clone(), bias.detach().clone()
+    optimizer = torch.optim.SGD([{"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.0}])
+    trainer = Trainer(epochs=1, device="cpu", log_every=1)
+    state = trainer.start(model, optimizer, {})
+    rows: list[dict] = []
+    factors = [0.5, 0.0]
+    trainer.fit(state, cross_entropy, factors.__getitem__, batches(split), None, rows.append, lambda *_: None)
+    assert [row["lr"] for row in rows] == [0.05, 0.0]
+    index = batches(split).order(0)[:8]
+    x = ((split.images[index].float() / 255 - 0.5) / 0.5).flatten(1)
+    p = (x @ first_weight.T + first_bias).softmax(1)
+    gradient = (p - F.one_hot(split.labels[index], 10)).T @ x / 8
+    torch.testing.assert_close(weight.detach(), first_weight - 0.05 * gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(bias.detach(), first_bias)
+
+
+def test_bf16_stays_near_fp32() -> None:
+    split = images(32, 32)
+    torch.manual_seed(0)
+    _, exact, _ = fit(Trainer(epochs=1, device="cpu"), Net((3, 32, 32), 10), split)
+    torch.manual_seed(0)
+    _, mixed, _ = fit(Trainer(epochs=1, device="cpu", precision="bf16"), Net((3, 32, 32), 10), split)
+    assert mixed[0]["train/loss"] == pytest.approx(exact[0]["train/loss"], rel=0.02)
+    assert mixed[0]["train/loss"] != exact[0]["train/loss"]
+
+
+def test_channels_last_computes_the_same() -> None:
+    split = images(16, 32)
+    trainer = Trainer(epochs=1, device="cpu", channels_last=True)
+    torch.manual_seed(0)
+    model = Net((3, 32, 32), 10).to(memory_format=trainer.memory_format)
+    laid_out = batches(split, memory_format=trainer.memory_format)
+    assert next(iter(laid_out.epoch(0)))[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(infer(model, laid_out), infer(model, batches(split)))
+
+
+def test_infer_is_in_the_splits_order_and_in_evaluation_mode() -> None:
+    split = images(20, 8)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
+    model.train()
+    logits = infer(model, batches(split))
+    expected = model[2](((split.images.float() / 255 - 0.5) / 0.5).flatten(1))
+    torch.testing.assert_close(logits, expected.detach())
+
+
+def test_accuracy_counts() -> None:
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [5.0, 1.0], [0.0, 3.0]])
+    assert accuracy(logits, torch.tensor([0, 0, 0, 1])) == 0.75
+    mixed = torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.1, 0.9], [0.5, 0.5]])
+    assert count_correct(logits, mixed).item() == 2
+
+
+def test_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(ValueError, match=r"trainer\.device=cuda: this machine .* use auto or cpu"):
+        pick_device("cuda")
+    assert pick_device("auto").type in ("cpu", "mps")
+    with pytest.raises(ValueError, match=r"trainer\.precision=fp16 needs a GPU"):
+        Trainer(device="cpu", precision="fp16")
+
+
+def test_checkpoint_every_saves_between_epochs() -> None:
+    _, _, saved = fit(Trainer(epochs=2, device="cpu", checkpoint_every=2), MLP((3, 8, 8), 10), images(24, 8))
+    assert saved == [(2, False), (3, False), (4, False), (6, False)]
+
+
+def test_loss_of_chance_at_the_start() -> None:
+    _, rows, _ = fit(Trainer(epochs=1, device="cpu"), MLP((3, 8, 8), 10), images(200, 8), lr=0.0)
+    assert rows[0]["train/loss"] == pytest.approx(math.log(10), rel=0.05)
