@@ -86,7 +86,8 @@ def locate(key: str, target: Any) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{key}._target_={target} does not exist: {error}") from error
-    if not callable(found) or not _inside(getattr(found, "__module__", None) or "", allowed):
+    defined_in = getattr(found, "__module__", None) or ""
+    if not callable(found) or not _inside(defined_in, allowed) or defined_in.split(".")[0] != module_name.split(".")[0]:
         raise refused
     return found
 

@@ -15,16 +15,18 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def _own_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads the user's W&B key or writes to the user's cache; two threads at most."""
+    """No test reads the user's W&B key or writes to the user's cache."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "CIFAR_TARGETS", "CIFAR_ROOT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run side by side, each with a core of its own
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True)
 def _own_generator() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

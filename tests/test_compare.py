@@ -212,12 +212,13 @@ def test_says_that_it_ranks_by_test_accuracy(tmp_path: Path) -> None:
 
 
 def test_runs_without_validation_follow_those_with_it(tmp_path: Path) -> None:
+    make(tmp_path / "-", settings(data__batch_size=0), status="failed", error="E", metrics={})
     make(tmp_path / "0", settings(data__batch_size=1), test=0.9)
     make(tmp_path / "1", settings(data__batch_size=2), val=0.2, test=0.2)
     make(tmp_path / "2", settings(data__batch_size=3), test=0.95)
     make(tmp_path / "3", settings(data__batch_size=4))
     comparison = compare([tmp_path])
-    assert order(tmp_path) == ["1", "2", "0", "3"]
+    assert order(tmp_path) == ["1", "2", "0", "3", "-"]
     assert comparison.ranked_by == "val/accuracy"
     assert [(group.metric, group.mean) for group in comparison.groups] == [
         ("val/accuracy", 0.2),
@@ -225,9 +226,9 @@ def test_runs_without_validation_follow_those_with_it(tmp_path: Path) -> None:
         ("test/accuracy", 0.9),
     ]
     lines = table(tmp_path)
-    expected = "4 runs, ranked by best validation accuracy; 2 without a validation split after those, by test accuracy"
+    expected = "5 runs, ranked by best validation accuracy; 2 without a validation split after those, by test accuracy"
     assert lines[0] == [expected]
-    assert [line[0] for line in lines[3:]] == ["1", "2", "3", "-"]
+    assert [line[0] for line in lines[3:]] == ["1", "2", "3", "-", "-", "- failed: E"]
 
 
 def test_failed_and_unfinished_runs_come_last(tmp_path: Path) -> None:
@@ -259,8 +260,7 @@ def test_failed_and_unfinished_runs_come_last(tmp_path: Path) -> None:
         "seconds": 5.25,
         "seed": 0,
     }
-    assert document["runs"][4]["metrics"] == {}
-    assert document["runs"][4]["seconds"] is None
+    assert [document["runs"][4][key] for key in ("metrics", "best", "seconds", "seed")] == [{}, None, None, 0]
     assert [group["dirs"] for group in document["groups"]] == [[str(tmp_path / "4")]]
     assert table(tmp_path)[3:] == [
         ["1", "4", "0.5", "25.00% (4)", "24.00%", "12.50%", "12.5", "finished"],
@@ -379,12 +379,12 @@ def test_short_names_stay_unambiguous(tmp_path: Path) -> None:
     assert [line[1] for line in lines[3:]] == ["a/0", "b/0", "1"]
 
 
-def test_a_setting_with_the_name_of_a_column(tmp_path: Path) -> None:
+def test_a_setting_with_the_name_of_a_column_and_markup_for_a_value(tmp_path: Path) -> None:
     for job in range(2):
-        make(tmp_path / str(job), settings(model={"_target_": "m.N", "seconds": job + 5}), val=0.5)
+        make(tmp_path / str(job), settings(model={"_target_": "m.N", "seconds": f"[red]:dog:{job}"}), val=0.5)
     lines = table(tmp_path)
     assert lines[1] == ["rank", "job", "seconds", "best val acc (epoch)", "last val acc", "seconds", "status"]
-    assert lines[4] == ["2", "1", "6", "50.00% (4)", "49.00%", "12.5", "finished"]
+    assert lines[4] == ["2", "1", "[red]:dog:1", "50.00% (4)", "49.00%", "12.5", "finished"]
 
 
 def test_unreadable_files_do_not_stop_the_comparison(tmp_path: Path) -> None:
@@ -400,6 +400,7 @@ def test_unreadable_files_do_not_stop_the_comparison(tmp_path: Path) -> None:
         ("2", "unreadable", 0.3),
         ("3", "running", 0.4),
     ]
+    assert [group.runs[0].dir.name for group in compare([tmp_path]).groups] == ["0"]  # what 1 belongs with is unknown
     notes = [" ".join(line) for line in table(tmp_path)[-3:]]
     assert notes[0].startswith(f"1 finished: settings unknown: {tmp_path / '1'}: not a run's folder")
     assert notes[1].startswith(f"2 unreadable: {tmp_path / '2' / 'result.json'}: not readable as JSON")

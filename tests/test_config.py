@@ -33,7 +33,7 @@ def test_defaults_fit() -> None:
         ("loss.label_smoothing=1", "loss.label_smoothing=1: must be less than 1"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("+optimizer.lrr=1", "optimizer.lrr: cifar.optimizer.sgd takes no such argument; it takes params, lr, "),
-        ("resume=3", "resume=3: must be a valid string or null"),
+        ("resume=3", "resume=3: must be a valid string"),
     ],
 )
 def test_what_does_not_fit_is_named(override: str, message: str) -> None:

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 from their Python archives (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The archives hold pickles. They are read by an unpickler that knows NumPy arrays and nothing else, so that no file, checked
-or not, runs code.
+The archives hold pickles. They are read by an unpickler that knows NumPy arrays and nothing else, so that no file,
+checked or not, runs code.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 from tqdm import tqdm
 
+from cifar.atomic import replacing
 from cifar.data.dataset import Means, Source, Split, Stds, resize
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class CIFAR10(Source):
     Read from `root` where it holds (or is) the unpacked folder, else from the archive in `root`, else downloaded there.
     The official files are checked: the archive by `sha256`, the unpacked files by the MD5 sums that torchvision has.
 
-    Raises FileNotFoundError where there are no data and none can be downloaded, RuntimeError where a checksum is wrong or
-    an archive cannot be unpacked, ValueError where a file's content is not what it should be.
+    Raises FileNotFoundError where there are no data and none can be downloaded, RuntimeError where a checksum is wrong
+    or an archive cannot be unpacked, ValueError where a file's content is not what it should be.
     """
 
     root: str  # folder that holds the data, or will
@@ -81,10 +82,10 @@ class CIFAR10(Source):
     def _read(self, files: dict[str, str]) -> tuple[Split, tuple[str, ...]]:
         folder = self._find()
         official = self.sha256 == type(self).sha256
-        meta = [read_pickle(folder / name, md5 if official else None) for name, md5 in self.meta_files.items()][0]
-        classes = meta.get(self.class_key)
-        if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
-            raise ValueError(f"{folder / next(iter(self.meta_files))}: {self.class_key} should be a list of names")
+        ((name, md5),) = self.meta_files.items()
+        classes = read_pickle(folder / name, md5 if official else None).get(self.class_key)
+        if not (isinstance(classes, list) and classes and all(isinstance(label, str) for label in classes)):
+            raise ValueError(f"{folder / name}: {self.class_key} should be a list of names")
         images, labels = [], []
         for name, md5 in files.items():
             batch = read_pickle(folder / name, md5 if official else None)
@@ -149,13 +150,12 @@ def download(url: str, path: Path, sha256: str) -> None:
 
     OSError (or HTTPException, ValueError) where it cannot be fetched, RuntimeError where its checksum is wrong.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     found = hashlib.sha256()
     with connect(url) as response:
         total = int(response.headers.get("Content-Length") or 0)
         log.info("downloading %s to %s", url, path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as part:
             with part.open("wb") as file, tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
                 while block := response.read(1 << 16):
                     file.write(block)
@@ -165,9 +165,6 @@ def download(url: str, path: Path, sha256: str) -> None:
             if size < total:
                 raise OSError(f"it broke off after {size:,} of {total:,} bytes")
             require_sha256(found.hexdigest(), sha256, url, "nothing was kept; point data.url at a mirror")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def connect(url: str) -> HTTPResponse:

@@ -1,4 +1,4 @@
-"""A data set is uint8 images and int64 labels in memory; a source reads one and splits it, the same way whatever it reads."""
+"""A data set is uint8 images and int64 labels in memory; a source reads one, and all are split the same way."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -92,8 +92,10 @@ class Source(ABC):
 
     def load(self) -> Dataset:
         """Read both splits and divide the first in training and validation; ValueError where settings do not fit."""
-        train, classes = self.read_train()
-        test, test_classes = self.read_test()
+        return self.assemble(*self.read_train(), *self.read_test())
+
+    def assemble(self, train: Split, classes: tuple[str, ...], test: Split, test_classes: tuple[str, ...]) -> Dataset:
+        """The data set that these settings make of what was read; ValueError where they do not fit it."""
         if classes != test_classes:
             raise ValueError(f"the classes of train and test differ: {differences(classes, test_classes)}")
         if train.images.shape[1:] != test.images.shape[1:]:
@@ -138,9 +140,10 @@ class Source(ABC):
 
 
 def allot(counts: list[int], n: int) -> list[int]:
-    """How many of each class make up `n` images, in proportion to `counts`, by largest remainders (the first of equals).
+    """How many of each class make up `n` images, in proportion to `counts`, by largest remainders.
 
-    Each class keeps at least one image, so `n` may be at most `sum(count - 1)`.
+    Of equal remainders the first counts as the largest. Each class keeps an image, so `n` may be at most
+    `sum(count - 1)`.
     """
     total = sum(counts)
     shares = [n * count // total for count in counts]
@@ -183,7 +186,7 @@ def moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Images uint8 `(n, c, h, w)` made `(n, c, size, size)` by antialiased bilinear interpolation; None: as they are."""
+    """Images uint8 `(n, c, h, w)` made `(n, c, size, size)`, antialiased bilinear; None: as they are."""
     if size is None or images.shape[2:] == (size, size):
         return images
     resized = images.new_empty(*images.shape[:2], size, size)

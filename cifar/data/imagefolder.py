@@ -7,8 +7,8 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
+from cifar.atomic import replacing
 from cifar.data.dataset import Dataset, Source, Split, differences
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,23 @@ CACHE_VERSION = 1
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # as Pillow advises; it is then an unreadable image
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder: paths relative to it, and a hash of these with the files' sizes and times."""
+
+    folder: str
+    classes: tuple[str, ...]
+    files: list[str]
+    labels: list[int]
+    fingerprint: str
+
+
 @dataclass(kw_only=True)
 class ImageFolder(Source):
     """Images in torchvision's ImageFolder layout: `root/train/CLASS/*` and `root/test/CLASS/*`, classes sorted by name.
 
-    An image not `image_size` square has its shorter side resized to it and the middle cut out. Decoded images are kept in
-    `cache`, and decoded anew when a file's name, size or time changes.
+    An image not `image_size` square has its shorter side resized to it and the middle cut out. Decoded images are kept
+    in `cache`, and decoded anew when a file's name, size or time changes.
 
     Raises FileNotFoundError where a folder is not there, ValueError where it holds no images, where train and test have
     other classes, and for an image that cannot be read, unless `on_error` is "skip".
@@ -51,11 +63,11 @@ class ImageFolder(Source):
 
     def read_train(self) -> tuple[Split, tuple[str, ...]]:
         """The images of `root/train`, by class and name."""
-        return self._read("train")
+        return self._read(scan(self._folder("train")))
 
     def read_test(self) -> tuple[Split, tuple[str, ...]]:
         """The images of `root/test`, by class and name; of `root/CLASS` where there is neither `test` nor `train`."""
-        return self._read("test")
+        return self._read(scan(self._folder("test")))
 
     def load(self) -> Dataset:
         """As for any source, but what can go wrong is looked for before the images are decoded."""
@@ -66,7 +78,7 @@ class ImageFolder(Source):
                 f"{differences(train.classes, test.classes)}"
             )
         self.partition(torch.tensor(train.labels))
-        return super().load()
+        return self.assemble(*self._read(train), *self._read(test))
 
     def _folder(self, split: str) -> str:
         root = os.path.abspath(os.path.expanduser(self.root))
@@ -79,9 +91,8 @@ class ImageFolder(Source):
             return root
         raise FileNotFoundError(f"data.root={self.root}: there is no folder {folder}; {LAYOUT}")
 
-    def _read(self, split: str) -> tuple[Split, tuple[str, ...]]:
-        listing = scan(self._folder(split))
-        name = hashlib.sha256(f"{listing.folder} {split} {self.image_size}".encode()).hexdigest()[:16]
+    def _read(self, listing: Listing) -> tuple[Split, tuple[str, ...]]:
+        name = hashlib.sha256(f"{listing.folder} {self.image_size}".encode(errors="surrogateescape")).hexdigest()[:16]
         path = Path(self.cache).expanduser() / f"imagefolder-{name}.pt"
         content = read_cache(path, listing.fingerprint)
         if content is None or (content["skipped"] and self.on_error == "raise"):
@@ -94,17 +105,6 @@ class ImageFolder(Source):
                 *("" if len(skipped) <= 3 else "; ...", path),
             )
         return Split(content["images"], content["labels"]), listing.classes
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a folder: paths relative to it, and a hash of these with the files' sizes and times."""
-
-    folder: str
-    classes: tuple[str, ...]
-    files: list[str]
-    labels: list[int]
-    fingerprint: str
 
 
 def scan(folder: str) -> Listing:
@@ -157,7 +157,7 @@ def decode(listing: Listing, size: int | None, skip: bool) -> dict[str, Any]:
     skipped: list[str] = []
     pool = ThreadPoolExecutor()
     try:
-        chunks = pool.map(read_arrays, [paths[i : i + 64] for i in range(0, len(paths), 64)], [size] * len(paths))
+        chunks = pool.map(read_arrays, [paths[i : i + 64] for i in range(0, len(paths), 64)], repeat(size))
         bar = tqdm((image for chunk in chunks for image in chunk), total=len(paths), unit=" images", disable=None)
         for index, image in enumerate(bar):
             if isinstance(image, Exception):
@@ -168,10 +168,10 @@ def decode(listing: Listing, size: int | None, skip: bool) -> dict[str, Any]:
             if images is None:
                 images = np.empty((len(paths), *image.shape), np.uint8)
             if image.shape != images.shape[1:]:
-                height, width = image.shape[:2]
+                height, width = image.shape[1:]
                 raise ValueError(
                     f"{paths[index]}: {width}x{height} pixels where {paths[kept[0]]} has "
-                    f"{images.shape[2]}x{images.shape[1]}; set data.image_size to bring all to one size"
+                    f"{images.shape[3]}x{images.shape[2]}; set data.image_size to bring all to one size"
                 )
             images[len(kept)] = image
             kept.append(index)
@@ -179,11 +179,12 @@ def decode(listing: Listing, size: int | None, skip: bool) -> dict[str, Any]:
         pool.shutdown(cancel_futures=True)
     labels = torch.tensor(listing.labels)[kept]
     for label, name in enumerate(listing.classes):
-        if images is None or label not in labels:
+        if label not in labels:
             raise ValueError(f"{listing.folder}/{name}: none of its images can be read")
+    assert images is not None
     return {
         "fingerprint": listing.fingerprint,
-        "images": torch.from_numpy(images[: len(kept)]).permute(0, 3, 1, 2).contiguous(),
+        "images": torch.from_numpy(images[: len(kept)].copy() if skipped else images),
         "labels": labels,
         "skipped": skipped,
     }
@@ -205,11 +206,11 @@ def read_image(path: str | os.PathLike[str], size: int | None) -> Tensor:
 
     FileNotFoundError where there is no such file, ValueError where it cannot be read as an image.
     """
-    return torch.from_numpy(read_array(os.fspath(path), size).transpose(2, 0, 1).copy())
+    return torch.from_numpy(read_array(os.fspath(path), size).copy())
 
 
 def read_array(path: str, size: int | None) -> NDArray[np.uint8]:
-    """As `read_image`, `(h, w, 3)`."""
+    """As `read_image`."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file")
     if not os.path.isfile(path):
@@ -217,7 +218,7 @@ def read_array(path: str, size: int | None) -> NDArray[np.uint8]:
     try:
         with Image.open(path, formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(fit(to_rgb(image), size))
+            return np.asarray(fit(to_rgb(image), size)).transpose(2, 0, 1)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: cannot be read as an image (unknown format)") from None
     except Exception as error:  # a broken file may raise anything
@@ -242,7 +243,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int | None) -> Image.Image:
-    """The middle square of the image once its shorter side is `size`, as torchvision's Resize and CenterCrop give it."""
+    """The middle square once the shorter side is `size`, as torchvision's Resize and CenterCrop give it."""
     if size is None or image.size == (size, size):
         return image
     shorter = min(image.size)
@@ -270,15 +271,11 @@ def read_cache(path: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def write_cache(path: Path, content: dict[str, Any]) -> None:
     """Write a cache file, whole or not at all; a folder that cannot be written to is only worth a warning."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:
         log.warning(
             "data.cache=%s: cannot keep the decoded images there (%s)", path.parent, " ".join(f"{error}".split())
         )
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

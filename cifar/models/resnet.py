@@ -32,8 +32,8 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """Residual network of basic blocks in its CIFAR form: a 3x3 stem of stride 1 and no max-pooling.
 
-    He et al. 2015, https://arxiv.org/abs/1512.03385: the stages of its ImageNet networks (each but the first doubles the
-    channels and halves height and width) and its initialisation, on the stem of its CIFAR networks.
+    He et al. 2015, https://arxiv.org/abs/1512.03385: the stages of its ImageNet networks (each but the first doubles
+    the channels and halves height and width) and its initialisation, on the stem of its CIFAR networks.
     """
 
     def __init__(

@@ -81,7 +81,7 @@ def test_output_equals_recomputation():
 
 
 def test_initial_weights_keep_the_variance_of_gradients():
-    """He et al. 2015, https://arxiv.org/abs/1502.01852, equation 14: standard deviation sqrt(2 / (k^2 out_channels))."""
+    """He et al. 2015, https://arxiv.org/abs/1502.01852, equation 14: deviation sqrt(2 / (k^2 out_channels))."""
     torch.manual_seed(0)
     model = ResNet((3, 32, 32), 10, blocks=[1, 1], width=64)
     deviations = {key: p.std().item() for key, p in model.named_parameters() if p.ndim == 4}

@@ -140,7 +140,7 @@ def without_stem(state):
 
 
 def with_wide_stem(state):
-    return {**state, "features.0.weight": torch.zeros(64, 1, 3, 3)}
+    return {**state, "features.0.weight": torch.zeros(96, 3, 3, 3)}
 
 
 def with_wide_head(state):
@@ -160,7 +160,7 @@ def with_another(state):
             "(module.features.0.weight, module.features.0.bias, module.features.3.squeeze.weight, ...)",
         ),
         (without_stem, "1 missing (features.0.weight)"),
-        (with_wide_stem, "1 of another shape (features.0.weight (64, 1, 3, 3) for (64, 3, 3, 3))"),
+        (with_wide_stem, "1 of another shape (features.0.weight (96, 3, 3, 3) for (64, 3, 3, 3))"),
         (with_wide_head, "1 of another shape (classifier.1.weight (10, 256, 1, 1) for (10, 512, 1, 1))"),
         (with_another, "1 unknown (extra)"),
     ],
@@ -205,7 +205,7 @@ def test_no_such_file(tmp_path):
     ("name", "close"),
     [
         ("resnet81", "resnet18"),
-        ("ResNet18", "resnet18"),
+        ("VGG11_BN", "vgg11_bn"),
         ("zzz", "resnet18, vit_b_16"),
         ("fcn_resnet50", "resnet50"),  # a segmentation model
         ("quantized_resnet18", "resnet18"),
