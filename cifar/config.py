@@ -112,7 +112,9 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def suggestion(key: str) -> str:
     """Return ", did you mean ...?" with the known settings and groups that look like `key`, or ";"."""
-    groups = {path.name: [f"{path.name}.{key}" for key in _keys(path)] for path in Path(CONF).iterdir() if path.is_dir()}
+    groups = {
+        path.name: [f"{path.name}.{key}" for key in _keys(path)] for path in Path(CONF).iterdir() if path.is_dir()
+    }
     known = [*TOP_LEVEL, *groups, *(key for keys in groups.values() for key in keys)]
     near = difflib.get_close_matches(key, dict.fromkeys(known), n=3, cutoff=0.7)
     # A right name in the wrong place, `lr=0.1`, is closer in mind than in letters.

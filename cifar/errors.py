@@ -22,7 +22,9 @@ def one_line(error: BaseException) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice}: no such choice; {group} can be {', '.join(sorted(error.options))}"
     if isinstance(error, ConfigCompositionException) and (override := re.match(r"Could not override '(.+?)'", message)):
-        return f"{override[1]}: no such setting{suggestion(override[1])} `python -m cifar.train --cfg job` lists them all"
+        return (
+            f"{override[1]}: no such setting{suggestion(override[1])} `python -m cifar.train --cfg job` lists them all"
+        )
     # These carry sentences written for a person; of others (KeyError: 'x') the type is half of the message.
     if message and isinstance(error, ValueError | OSError | RuntimeError):
         return message

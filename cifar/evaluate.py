@@ -1,7 +1,7 @@
 """`python -m cifar.evaluate RUN`: measure a run's network again, on its own test split or on other data.
 
 Prints accuracy, loss, calibration error and each class's accuracy, and draws the confusion matrix. On its own test split, on
-the device it was trained on, a run gives the `test/accuracy` and `test/loss` of its result.json to the last digit.
+the device it was trained on, a run gives exactly the `test/accuracy` of its result.json.
 """
 
 import argparse
@@ -320,8 +320,8 @@ def _calibration_error(logits: "Tensor", labels: "Tensor") -> float | None:
     probabilities = logits.double().softmax(1)
     if not probabilities.isfinite().all():
         return None
-    # torchmetrics counts a confidence of exactly 1 in a sixteenth bin.
-    probabilities = probabilities.clamp(max=1 - 1e-12)
+    # torchmetrics counts a confidence of exactly 1 (in float32, which it computes in) in a sixteenth bin.
+    probabilities = probabilities.clamp(max=1 - 2**-24)
     return multiclass_calibration_error(
         probabilities, labels, num_classes=logits.shape[1], n_bins=15, norm="l1", validate_args=False
     ).item()

@@ -47,7 +47,7 @@ def test_round_trip_restores_everything(tmp_path: Path) -> None:
     assert restored.window.take() == original.window.take()
 
 
-@pytest.mark.parametrize("key", [key for key in state().state_dict()])
+@pytest.mark.parametrize("key", list(state().state_dict()))
 def test_each_key_is_missed(key: str, tmp_path: Path) -> None:
     content = trained().state_dict()
     del content[key]

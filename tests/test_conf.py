@@ -12,7 +12,18 @@ from hydra.utils import instantiate
 from cifar.config import CONF, check
 from cifar.run import Job
 
-GROUPS = ("model", "optimizer", "schedule", "loss", "augment", "trainer", "logger", "data", "experiment", "hparams_search")
+GROUPS = (
+    "model",
+    "optimizer",
+    "schedule",
+    "loss",
+    "augment",
+    "trainer",
+    "logger",
+    "data",
+    "experiment",
+    "hparams_search",
+)
 FILES = sorted(path for path in Path(CONF).rglob("*.yaml") if not path.name.startswith("_"))
 
 
@@ -34,7 +45,9 @@ def test_every_file_belongs_to_a_known_group() -> None:
     assert [path.name for path in FILES if path.parent.name == "conf"] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("file", [path for path in FILES if path.parent.name != "conf"], ids=lambda path: f"{path.parent.name}={path.stem}")
+@pytest.mark.parametrize(
+    "file", [path for path in FILES if path.parent.name != "conf"], ids=lambda path: f"{path.parent.name}={path.stem}"
+)
 def test_every_file_composes_and_fits_its_target(file: Path) -> None:
     overrides = [f"{file.parent.name}={file.stem}"]
     if file.parent.name != "data":
@@ -92,7 +105,9 @@ def test_augmentations_keep_shape_and_range(name: str) -> None:
 
 @pytest.mark.parametrize("name", of("data"))
 def test_data_sets(name: str) -> None:
-    source = build(composed(f"data={name}", "data.batch_size=3", *(["data.root=x"] if name == "imagefolder" else [])).data)
+    source = build(
+        composed(f"data={name}", "data.batch_size=3", *(["data.root=x"] if name == "imagefolder" else [])).data
+    )
     assert source.batch_size == 3
     if name == "digits":
         data = source.load()
@@ -117,13 +132,17 @@ def test_loggers(name: str, tmp_path: Path) -> None:
 def test_the_tutorials_job_is_the_tutorials() -> None:
     cfg = composed("experiment=tutorial")
     assert cfg.model._target_ == "cifar.models.net.Net"
-    assert dict(cfg.optimizer) | {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False} == dict(cfg.optimizer)
+    assert dict(cfg.optimizer) | {"lr": 0.001, "momentum": 0.9, "weight_decay": 0.0, "nesterov": False} == dict(
+        cfg.optimizer
+    )
     assert (cfg.data.batch_size, cfg.data.val_size, cfg.data.fraction) == (4, 0, 1.0)
     assert list(cfg.data.mean) == list(cfg.data.std) == [0.5] * 3
     assert (cfg.trainer.epochs, cfg.trainer.log_every, cfg.trainer.precision) == (2, 2000, "fp32")
     assert cfg.loss._target_ == "cifar.loss.cross_entropy"
     assert build(cfg.schedule, 25_000)(0) == build(cfg.schedule, 25_000)(24_999) == 1
-    assert build(cfg.augment, 10)(torch.ones(1, 3, 2, 2), torch.zeros(1), torch.Generator())[0].equal(torch.ones(1, 3, 2, 2))
+    assert build(cfg.augment, 10)(torch.ones(1, 3, 2, 2), torch.zeros(1), torch.Generator())[0].equal(
+        torch.ones(1, 3, 2, 2)
+    )
 
 
 def test_the_grid_needs_no_multirun_flag() -> None:

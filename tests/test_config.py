@@ -83,7 +83,9 @@ def test_targets_outside_the_allow_list_are_refused(target: object, nested: bool
         check(cfg)
 
 
-@pytest.mark.parametrize("target", ["torch.optim.SGD", "torch.nn.Linear", "cifar.models.net.Net", "cifar.optimizer.sgd"])
+@pytest.mark.parametrize(
+    "target", ["torch.optim.SGD", "torch.nn.Linear", "cifar.models.net.Net", "cifar.optimizer.sgd"]
+)
 def test_targets_on_the_allow_list(target: str) -> None:
     assert callable(locate("model", target))
 
@@ -106,12 +108,23 @@ def test_hash_is_of_what_is_trained() -> None:
 
 def test_flatten() -> None:
     nested = {"seed": 0, "optimizer": {"lr": 0.1, "betas": [0.9, 0.99]}, "data": {"a": {"b": None}, "c": {}}}
-    assert flatten(nested) == {"seed": 0, "optimizer.lr": 0.1, "optimizer.betas": [0.9, 0.99], "data.a.b": None, "data.c": {}}
+    assert flatten(nested) == {
+        "seed": 0,
+        "optimizer.lr": 0.1,
+        "optimizer.betas": [0.9, 0.99],
+        "data.a.b": None,
+        "data.c": {},
+    }
 
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("optimizer.lrr", "optimizer.lr"), ("batch_size", "data.batch_size"), ("modle", "model"), ("trainer.epoch", "trainer.epochs")],
+    [
+        ("optimizer.lrr", "optimizer.lr"),
+        ("batch_size", "data.batch_size"),
+        ("modle", "model"),
+        ("trainer.epoch", "trainer.epochs"),
+    ],
 )
 def test_suggestion(typed: str, meant: str) -> None:
     assert suggestion(typed).startswith(f", did you mean {meant}")

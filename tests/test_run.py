@@ -15,7 +15,12 @@ def test_result_is_running_then_finished(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with run.recording(seed=3, overrides=["seed=3"]) as result:
         running = json.loads((tmp_path / "run" / "result.json").read_text())
-        assert (running["status"], running["seed"], running["overrides"], running["error"]) == ("running", 3, ["seed=3"], None)
+        assert (running["status"], running["seed"], running["overrides"], running["error"]) == (
+            "running",
+            3,
+            ["seed=3"],
+            None,
+        )
         result["steps"] = 7
     finished = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (finished["status"], finished["steps"]) == ("finished", 7)
@@ -45,7 +50,11 @@ def test_an_interruption_is_recorded_in_a_line(tmp_path: Path) -> None:
 
 def test_rows_round_trip_and_a_cut_line_is_left_out(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    rows = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": math.nan, "val/accuracy": 0.25}, {"step": 3, "lr": 1.0}]
+    rows = [
+        {"step": 1, "train/loss": 0.5},
+        {"step": 2, "train/loss": math.nan, "val/accuracy": 0.25},
+        {"step": 3, "lr": 1.0},
+    ]
     for row in rows:
         run.log(row)
     with run.metrics.open("a") as file:
@@ -74,7 +83,9 @@ def test_find_runs_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "sweep" / "wandb").mkdir()
     assert [run.dir.name for run in find_runs([tmp_path / "sweep"])] == ["0", "2", "10"]
     assert [run.dir.name for run in find_runs([tmp_path])] == ["single", "0", "2", "10"]
-    assert [run.dir.name for run in find_runs([tmp_path / "single", tmp_path / "single", tmp_path / "sweep" / "2"])] == ["single", "2"]
+    assert [
+        run.dir.name for run in find_runs([tmp_path / "single", tmp_path / "single", tmp_path / "sweep" / "2"])
+    ] == ["single", "2"]
     with pytest.raises(RunError, match=r"nowhere: no such folder"):
         find_runs([tmp_path / "nowhere"])
     with pytest.raises(RunError, match=r"wandb: no run in it"):
@@ -87,7 +98,9 @@ def test_environment_names_machine_versions_and_commit() -> None:
     assert found["torch"] == torch.__version__
     assert found["python"] == sys.version.split()[0]
     assert f"{torch.get_num_threads()} threads" in found["device_name"]
-    here = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    here = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     if here.returncode == 0:
         assert found["git_commit"] == here.stdout.strip()
         assert isinstance(found["git_dirty"], bool)

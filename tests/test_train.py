@@ -35,17 +35,37 @@ def test_a_run_leaves_its_folder(command: Command, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     run = only(tmp_path / "outputs")
-    assert {path.name for path in run.iterdir()} == {".hydra", "train.log", "metrics.jsonl", "checkpoints", "result.json"}
+    assert {path.name for path in run.iterdir()} == {
+        ".hydra",
+        "train.log",
+        "metrics.jsonl",
+        "checkpoints",
+        "result.json",
+    }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
 
     rows = read_rows(run)
-    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 10), (1, 20), (2, 30), (2, 40), (3, 50), (3, 60), (3, 60)]
+    assert [(row["epoch"], row["step"]) for row in rows] == [
+        (1, 10),
+        (1, 20),
+        (2, 30),
+        (2, 40),
+        (3, 50),
+        (3, 60),
+        (3, 60),
+    ]
     assert list(rows[0]) == ["epoch", "step", "seconds", "train/loss", "train/accuracy", "lr"]
     assert ["val/accuracy" in row for row in rows] == [False, True] * 3 + [False]
     assert "test/accuracy" in rows[-1]
 
     result = json.loads((run / "result.json").read_text())
-    assert (result["status"], result["error"], result["seed"], result["epochs"], result["steps"]) == ("finished", None, 0, 3, 60)
+    assert (result["status"], result["error"], result["seed"], result["epochs"], result["steps"]) == (
+        "finished",
+        None,
+        0,
+        3,
+        60,
+    )
     assert result["overrides"] == [*QUICK, "trainer.epochs=3", "trainer.log_every=10", "optimizer.lr=0.1"]
     assert result["metrics"]["test/accuracy"] == rows[-1]["test/accuracy"] > 0.5
     assert result["metrics"]["test/accuracy/3"] == rows[-1]["test/accuracy/3"]
@@ -137,7 +157,9 @@ def test_bad_input_gets_one_line(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert named in error
-    for result in tmp_path.glob("outputs/*/result.json"):  # known only once the data was read: recorded as failed, whole
+    for result in tmp_path.glob(
+        "outputs/*/result.json"
+    ):  # known only once the data was read: recorded as failed, whole
         assert json.loads(result.read_text())["status"] == "failed"
 
 

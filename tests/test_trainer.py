@@ -85,14 +85,16 @@ def test_golden_step_of_the_tutorial() -> None:
     assert state.window.loss.item() / 4 == pytest.approx(loss.item(), rel=1e-6), "the loss differs from cross-entropy"
     for name, reference in layers.named_parameters():
         ours = dict(model.named_parameters())[name]
-        torch.testing.assert_close(ours.grad, reference.grad, msg=f"the gradient of {name} differs", rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            ours.grad, reference.grad, msg=f"the gradient of {name} differs", rtol=1e-5, atol=1e-7
+        )
         # SGD's first step: the momentum buffer starts as the gradient itself.
         updated = before[name] - 0.001 * reference.grad
         torch.testing.assert_close(ours.detach(), updated, msg=f"the updated {name} differs", rtol=1e-6, atol=1e-8)
 
     # A second step on the same batch shows the momentum: v = 0.9 v + g, w = w - lr v.
     first = {name: parameter.grad.clone() for name, parameter in layers.named_parameters()}
-    layers.load_state_dict({name: value for name, value in model.state_dict().items()})
+    layers.load_state_dict(model.state_dict())
     trainer.step(state, model, instantiate(cfg.loss, _partial_=True), inputs, targets)
     layers.zero_grad()
     x = F.max_pool2d(F.relu(conv2(F.max_pool2d(F.relu(conv1(inputs)), 2))), 2).flatten(1)
@@ -101,7 +103,9 @@ def test_golden_step_of_the_tutorial() -> None:
     for name, reference in layers.named_parameters():
         updated = before[name] - 0.001 * (0.9 * first[name] + reference.grad)
         ours = dict(model.named_parameters())[name].detach()
-        torch.testing.assert_close(ours, updated, msg=f"{name} after two steps differs: momentum?", rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            ours, updated, msg=f"{name} after two steps differs: momentum?", rtol=1e-6, atol=1e-8
+        )
 
 
 def test_fit_equals_a_plain_loop() -> None:

@@ -23,7 +23,8 @@ def held(images: torch.Tensor) -> list[int]:
 def test_normalize_equals_torchvision_to_the_bit() -> None:
     image = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     expected = [
-        TorchvisionNormalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))(to_tensor(one.permute(1, 2, 0).numpy())) for one in image
+        TorchvisionNormalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))(to_tensor(one.permute(1, 2, 0).numpy()))
+        for one in image
     ]
     assert torch.equal(NORMALIZE(image), torch.stack(expected))
     assert torch.equal(NORMALIZE(image.float() / 255), torch.stack(expected))
@@ -61,7 +62,9 @@ def test_order_follows_seed_and_epoch() -> None:
 def test_an_epoch_goes_on_where_it_stopped(start: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", chunk)
 
-    def noise(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def noise(
+        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return images + torch.rand(images.shape, generator=generator), labels
 
     training = Batches(split(50), NORMALIZE, 8, augment=noise)
@@ -77,9 +80,11 @@ def test_augmentation_draws_anew_each_epoch_and_chunk(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "CHUNK", 8)
     draws = []
 
-    def augment(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def augment(
+        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         assert images.dtype == torch.float32
-        assert 0 <= images.min()
+        assert images.min() >= 0
         assert images.max() <= 1
         draws.append(torch.rand((), generator=generator).item())
         return images, labels
@@ -98,4 +103,6 @@ def test_drop_last_leaves_out_the_partial_batch() -> None:
 
 
 def test_in_order_is_the_splits_order() -> None:
-    assert [number for images in Batches(split(50), NORMALIZE, 8).in_order() for number in held(images)] == list(range(50))
+    assert [number for images in Batches(split(50), NORMALIZE, 8).in_order() for number in held(images)] == list(
+        range(50)
+    )
