@@ -4,6 +4,9 @@ A checkpoint holds tensors and plain values only, so reading one (`torch.load(we
 """
 
 import hashlib
+import logging
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cifar.atomic import replacing
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(RuntimeError):
@@ -41,7 +46,8 @@ class Window:
 
     def take(self) -> dict[str, float]:
         """Return mean loss and accuracy as `train/loss`, `train/accuracy`, and start over."""
-        values = {"train/loss": self.loss.item() / self.images, "train/accuracy": self.correct.item() / self.images}
+        images = self.images or math.nan  # every batch was skipped: there is no mean
+        values = {"train/loss": self.loss.item() / images, "train/accuracy": self.correct.item() / images}
         self.loss.zero_()
         self.correct.zero_()
         self.images = 0
@@ -57,6 +63,7 @@ class State:
     scaler: torch.amp.GradScaler
     window: Window
     data: dict[str, Any]  # what it is trained on: {classes, mean, std, image_shape, steps (an epoch)}
+    settings: dict[str, Any] = field(default_factory=dict)  # the configuration it is trained by: plain values
     ema: torch.optim.swa_utils.AveragedModel | None = None
     epoch: int = 0  # finished epochs
     batch: int = 0  # finished steps of the epoch under way
@@ -65,6 +72,7 @@ class State:
     best: dict[str, Any] | None = None  # {metric, value, epoch} of the best validation so far
     seconds: dict[str, float] = field(default_factory=lambda: {"train": 0.0, "eval": 0.0})
     images: int = 0  # images trained on
+    skipped: int = 0  # steps left out because the loss or a gradient was not finite
     wandb_id: str | None = None  # the W&B run that a resumed run goes on logging to
 
     @property
@@ -89,6 +97,8 @@ class State:
             "best": self.best,
             "seconds": dict(self.seconds),
             "images": self.images,
+            "skipped": self.skipped,
+            "settings": self.settings,
             "wandb_id": self.wandb_id,
         }
 
@@ -129,7 +139,8 @@ class State:
         self.window.images = saved["window"]["images"]
         _restore_generators(saved["rng"], self.window.loss.device)
         self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
-        self.rows, self.best, self.images = saved["rows"], saved["best"], saved["images"]
+        self.rows, self.best = saved["rows"], saved["best"]
+        self.images, self.skipped = saved["images"], saved["skipped"]
         self.seconds, self.wandb_id = dict(saved["seconds"]), saved["wandb_id"]
 
 
@@ -140,13 +151,29 @@ def evaluated_weights(content: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in content["ema"].items() if name != "n_averaged"}
 
 
-def resume(state: State, path: Path) -> None:
-    """Put the checkpoint at `path` into `state`; CheckpointError naming the file and what differs if it does not fit."""
-    content = load(path)
-    try:
-        state.load_state_dict(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+def resume(state: State, paths: Sequence[Path]) -> Path | None:
+    """Put the first valid checkpoint of `paths`, newest first, into `state`; return its path, or None if there is none at all.
+
+    A damaged one is skipped, and that is said. CheckpointError where all are damaged (a fresh start would hide it), or where
+    a valid one does not fit this run, listing what differs.
+    """
+    damaged = []
+    for path in paths:
+        try:
+            content = load(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        for reason in damaged:
+            log.warning("skipped a checkpoint: %s; going on from %s", reason, path)
+        try:
+            state.load_state_dict(content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        return path
+    if damaged:
+        raise CheckpointError(f"no valid checkpoint to go on from: {'; '.join(damaged)}")
+    return None
 
 
 def load_evaluated(model: nn.Module, path: Path) -> None:
@@ -170,13 +197,20 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(weights)
 
 
-def save(content: dict[str, Any], *paths: Path) -> None:
-    """Write `content` (tensors and plain values) to each path, whole or not at all, with a digest of it inside."""
-    content = content | {"digest": digest(content)}
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write `content` (tensors and plain values) to `path`, whole or not at all, with a digest of it inside.
+
+    CheckpointError naming the path where it can't be written; what was there before is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
         with replacing(path) as temporary:
-            torch.save(content, temporary)
+            torch.save(content | {"digest": digest(content)}, temporary)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError without a path in torch's writer
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: the checkpoint could not be written ({reason}); earlier ones are kept"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:

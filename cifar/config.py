@@ -37,6 +37,7 @@ ALLOWED = (
     "torch.optim",
 )
 
+NOT_TRAINED = ("logger", "resume")  # settings without a part in what is trained
 TOP_LEVEL = {"seed": NonNegativeInt, "resume": str | None}
 
 
@@ -122,6 +123,15 @@ def suggestion(key: str) -> str:
     return f", did you mean {' or '.join(near[:2])}?" if near else ";"
 
 
+def difference(recorded: dict[str, Any], settings: dict[str, Any]) -> str:
+    """Return "optimizer.lr was 0.1 and is 0.2, ...": the settings of what is trained that are not as recorded."""
+    old, new = (
+        {k: v for k, v in flatten(one).items() if k.split(".")[0] not in NOT_TRAINED} for one in (recorded, settings)
+    )
+    changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
+
+
 def _keys(group: Path) -> list[str]:
     choices = [OmegaConf.load(path) for path in sorted(group.glob("*.yaml"))]
     return [str(key) for choice in choices for key in choice if not str(key).startswith("_") and key != "defaults"]
@@ -132,7 +142,7 @@ def config_hash(settings: dict[str, Any]) -> str:
 
     How a run is recorded (`logger`) and whether it goes on from a checkpoint (`resume`) do not count.
     """
-    relevant = {key: value for key, value in settings.items() if key not in ("logger", "resume")}
+    relevant = {key: value for key, value in settings.items() if key not in NOT_TRAINED}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from cifar.run import Job
+from cifar.run import Job, without_home
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def wandb(
         resume="allow" if resume else None,
         mode=chosen,
         dir=str(shared),
-        config=_without(str(Path.home()), config),
+        config=_without_home(config),
         # The run's folder holds code version, machine and console output already; W&B's own collectors would add the
         # home path, the full command line and the list of installed packages.
         settings=client.Settings(
@@ -114,9 +114,9 @@ def _mode(client: Any) -> Any:
     return "online" if client.login(prompt=False, verify=False) else "offline"
 
 
-def _without(home: str, value: Any) -> Any:
+def _without_home(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without(home, item) for key, item in value.items()}
+        return {key: _without_home(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without(home, item) for item in value]
-    return value.replace(home, "~") if isinstance(value, str) and len(home) > 1 else value
+        return [_without_home(item) for item in value]
+    return without_home(value) if isinstance(value, str) else value

@@ -9,7 +9,9 @@ result.json              status, metrics, best, environment; written at the star
 
 import json
 import math
+import os
 import platform
+import shutil
 import subprocess
 import time
 import traceback
@@ -24,6 +26,11 @@ import yaml
 from cifar.atomic import replacing
 from cifar.signals import Interrupted
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 Row = dict[str, Any]
 
 
@@ -37,6 +44,7 @@ class Job:
 
     folder: Path
     overrides: list[str] = field(default_factory=list)
+    hydra: str = ""  # what Hydra itself was told, as YAML
     sweep: Path | None = None
     number: int | None = None
 
@@ -65,6 +73,27 @@ class Run:
                 return path
         raise RunError(f"{self.dir}: no checkpoint in it (looked for checkpoints/best.pt and checkpoints/last.pt)")
 
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints to go on from, newest first."""
+        return sorted(self.last.parent.glob("step-*.pt"), reverse=True) or ([self.last] if self.last.exists() else [])
+
+    def step_checkpoint(self, step: int) -> Path:
+        """The checkpoint after `step` steps."""
+        return self.last.parent / f"step-{step:010d}.pt"
+
+    def keep(self, newest: Path, is_best: bool, count: int) -> None:
+        """Make `newest`, a checkpoint by step, the last and, if so, the best; remove all but the newest `count` by step."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            os.fsync(file.fileno())  # the events that the checkpoint has counted must be there when it is
+        for alias in [*([self.best] if is_best else []), self.last]:
+            with replacing(alias) as temporary:
+                try:
+                    os.link(newest, temporary)
+                except OSError:  # a file system without hard links
+                    shutil.copyfile(newest, temporary)
+        for old in self.checkpoints()[count:]:
+            old.unlink()
+
     @property
     def metrics(self) -> Path:
         """The file of logged events."""
@@ -81,7 +110,10 @@ class Run:
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            return [json.loads(line) for line in lines[:-1] if line]
+        except json.JSONDecodeError as error:
+            raise RunError(f"{self.metrics}: not readable as JSON lines: {error}") from None
 
     def last_values(self) -> Row:
         """Return the newest value of each metric logged."""
@@ -93,9 +125,38 @@ class Run:
     def keep_rows(self, count: int) -> None:
         """Drop the events after the first `count`: those logged later than the checkpoint from which a run goes on."""
         kept = self.rows()[:count]
+        if len(kept) < count:
+            raise RunError(
+                f"{self.metrics}: has {len(kept)} events, and the checkpoint to go on from was saved after {count}"
+            )
         self.metrics.parent.mkdir(parents=True, exist_ok=True)
         with replacing(self.metrics) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+    def record_command(self, config: str, overrides: list[str], hydra: str) -> None:
+        """Write `.hydra/`: the composed configuration, the overrides, and Hydra's own settings, as YAML without home paths."""
+        folder = self.dir / ".hydra"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("config", config), ("overrides", yaml.safe_dump(overrides)), ("hydra", hydra)):
+            with replacing(folder / f"{name}.yaml") as temporary:
+                temporary.write_text(without_home(text), encoding="utf-8")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; RunError where another one is at work in it. The system frees it when we die."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
+            yield
+            return
+        folder = os.open(self.dir, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.dir}: another process is at work in this folder") from None
+            yield
+        finally:
+            os.close(folder)
 
     def settings(self) -> dict[str, Any]:
         """Return the configuration the run was started with, interpolations unresolved, as nested dictionaries."""
@@ -160,7 +221,7 @@ class Run:
             result["status"] = "finished"
         except BaseException as error:
             result["status"] = "failed"
-            result["error"] = str(error) if isinstance(error, Interrupted) else traceback.format_exc()
+            result["error"] = str(error) if isinstance(error, Interrupted) else without_home(traceback.format_exc())
             with (self.dir / "train.log").open("a", encoding="utf-8") as file:
                 file.write(result["error"].rstrip() + "\n")
             raise
@@ -186,6 +247,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         for folder in found:
             runs.setdefault(folder.resolve(), Run(folder))
     return list(runs.values())
+
+
+def without_home(text: str) -> str:
+    """Return `text` with the home folder as `~`: a record that may be shared does not say who made it."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def environment(device: Any) -> dict[str, Any]:

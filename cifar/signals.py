@@ -10,55 +10,65 @@ STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal,
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run saved its state and stopped because of a signal; `status` is the exit status a scheduler expects.
+    """A signal asked the run to stop, and it did; `status` is the exit status: 128 plus the signal's number (SIGTERM: 143).
 
     Not an Exception: it ends a whole sweep, as Ctrl-C does, rather than one job of it.
     """
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, received: signal.Signals, where: str) -> None:
+        super().__init__(f"stopped by {received.name} {where}")
+        self.status = 128 + received
 
 
-class StopRequest:
-    """The signal that asked to stop, if one did."""
+class Stop:
+    """A request to stop, which a signal makes. It is an Interrupted at once, or, while `deferred`, a flag to be looked at."""
 
-    received: signal.Signals | None = None
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._deferred = False
 
     def __bool__(self) -> bool:
-        """Whether the run is to stop after this step."""
+        """Whether a signal has asked to stop."""
         return self.received is not None
 
-    @property
-    def name(self) -> str:
-        """The signal's name, such as SIGTERM."""
-        return self.received.name if self.received else "no signal"
+    def interrupted(self, where: str) -> Interrupted:
+        """Return the exception with which to stop; `where` ends its message."""
+        assert self.received is not None
+        return Interrupted(self.received, where)
 
-    @property
-    def status(self) -> int:
-        """The exit status by convention: 128 plus the signal's number (SIGTERM: 143)."""
-        return 128 + (self.received or 0)
+    @contextmanager
+    def deferred(self, deferred: bool = True) -> Iterator[None]:
+        """Within this context the signal only sets the flag (or, with False, interrupts at once, also if it came before)."""
+        previous, self._deferred = self._deferred, deferred
+        try:
+            if self and not deferred:
+                raise self.interrupted("")
+            yield
+        finally:
+            self._deferred = previous
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """Take a signal; a second SIGINT leaves at once, whatever is under way."""
+        if self and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if not self._deferred:
+            raise self.interrupted("between two checkpoints")
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Yield a request that SIGINT, SIGTERM or SIGUSR1 sets; a second SIGINT leaves at once (KeyboardInterrupt).
+def stop_on_signals() -> Iterator[Stop]:
+    """Yield what SIGINT, SIGTERM and SIGUSR1 ask, and put the previous handlers back.
 
     Outside the main thread Python delivers no signals, and nothing is installed.
     """
-    request = StopRequest()
-
-    def ask(number: int, _: FrameType | None) -> None:
-        if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        request.received = signal.Signals(number)
-
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield stop
         return
-    previous = {number: signal.signal(number, ask) for number in STOPPING}
+    previous = {number: signal.signal(number, stop.handle) for number in STOPPING}
     try:
-        yield request
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,7 +8,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from cifar.config import check
+from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
 from cifar.run import Run, RunError
 
@@ -60,6 +60,26 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
     recorded = [item for item in run.overrides() if _key(item) not in replaced and not _key(item).startswith("hydra")]
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
     return [*recorded, *given, "resume=auto", f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
+
+
+def already_finished(run: Run, cfg: DictConfig) -> bool:
+    """Whether this job of a sweep was finished by an earlier start of the sweep.
+
+    ConfigError, naming the difference, where the folder holds a run of another configuration, finished or not.
+    """
+    result = run.result()
+    if result is None or result["config_hash"] is None:
+        return False
+    settings = to_container(cfg)
+    if result["config_hash"] != config_hash(settings):
+        from cifar import checkpoint
+
+        found = [checkpoint.load(path)["settings"] for path in run.checkpoints()[:1]]
+        changed = difference(found[0], settings) if found else f"it was started with {' '.join(result['overrides'])}"
+        raise ConfigError(f"{run.dir} holds a run of another configuration: {changed}; choose another hydra.sweep.dir")
+    if result["status"] == "finished":
+        log.info("%s: finished already", run.dir)
+    return result["status"] == "finished"
 
 
 def summarize() -> bool | None:

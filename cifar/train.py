@@ -14,12 +14,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cifar.config import CONF, check, config_hash, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment
-from cifar.sweep import arguments_of_resumed_run, summarize
+from cifar.signals import stop_on_signals
+from cifar.sweep import already_finished, arguments_of_resumed_run, summarize
 
 log = logging.getLogger(__name__)
 build = partial(instantiate, _convert_="all", _partial_=True)
@@ -28,77 +29,91 @@ build = partial(instantiate, _convert_="all", _partial_=True)
 def train(cfg: DictConfig, job: Job) -> None:
     """Train the run that `cfg` describes in the job's folder, from its checkpoint on where there is one, and test it."""
     run = Run(job.folder)
-    with run.recording(overrides=job.overrides, seed=cfg.seed) as result:
-        check(cfg)
-        settings = to_container(cfg)
-        result["config_hash"] = config_hash(settings)
+    with run.locked(), stop_on_signals() as stop:
+        if job.sweep and already_finished(run, cfg):
+            return
+        run.record_command(OmegaConf.to_yaml(cfg), job.overrides, job.hydra)
+        with run.recording(overrides=job.overrides, seed=cfg.seed) as result:
+            check(cfg)
+            settings = to_container(cfg)
+            result["config_hash"] = config_hash(settings)
 
-        import torch
+            import torch
 
-        from cifar import checkpoint
-        from cifar.data.batches import Batches, Normalize
+            from cifar import checkpoint
+            from cifar.data.batches import Batches, Normalize
 
-        torch.manual_seed(cfg.seed)
-        trainer = build(cfg.trainer)()
-        result["environment"] = environment(trainer.torch_device)
+            torch.manual_seed(cfg.seed)
+            trainer = build(cfg.trainer)()
+            device = trainer.torch_device
+            result["environment"] = environment(device)
 
-        source = build(cfg.data)()
-        data = source.load().to(trainer.torch_device)
-        normalize = Normalize(data.mean, data.std, trainer.torch_device)
-        batches = partial(Batches, normalize=normalize, memory_format=trainer.memory_format)
-        augment = build(cfg.augment)(len(data.classes))
-        training = batches(
-            data.train, batch_size=source.batch_size, augment=augment, drop_last=source.drop_last, seed=cfg.seed
-        )
-        validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
-        test = batches(data.test, batch_size=trainer.eval_batch_size)
-
-        model = build(cfg.model)(data.image_shape, len(data.classes))
-        model.to(trainer.torch_device, memory_format=trainer.memory_format)
-        loss = build(cfg.loss)
-        optimizer = build(cfg.optimizer)(model.parameters())
-        schedule = build(cfg.schedule)(trainer.epochs * len(training))
-
-        state = trainer.start(model, optimizer, data.describe() | {"steps": len(training)})
-        if run.last.exists():
-            checkpoint.resume(state, run.last)
-        run.keep_rows(state.rows)
-
-        with build(cfg.logger)(job, settings, state.wandb_id) as logger:
-            result["wandb"] = logger.info
-            state.wandb_id = logger.info and logger.info["id"]
-
-            def record(row: dict[str, Any]) -> None:
-                run.log(row)
-                logger.log(row)
-
-            def save(state: checkpoint.State, is_best: bool) -> None:
-                # The best first: were we killed in between, going on from the last would only save it again.
-                checkpoint.save(state.state_dict(), *([run.best] if is_best else []), run.last)
-
-            log.info(
-                "%s: %s images, %d steps an epoch, on %s",
-                run.dir,
-                f"{len(data.train):,}",
-                len(training),
-                result["environment"]["device_name"],
+            source = build(cfg.data)()
+            data = source.load().to(device)
+            batches = partial(
+                Batches, normalize=Normalize(data.mean, data.std, device), memory_format=trainer.memory_format
             )
-            try:
-                trainer.fit(state, loss, schedule, training, validation, record, save)
-                if run.best.exists():
-                    checkpoint.load_evaluated(state.evaluated, run.best)
-                trainer.test(state, loss, test, record)
-            finally:
-                result |= {"metrics": run.last_values(), "best": state.best, "epochs": state.epoch, "steps": state.step}
-                result["seconds"] |= state.seconds
-                result["images_per_second"] = state.images / state.seconds["train"] if state.images else None
+            training = batches(
+                data.train,
+                batch_size=source.batch_size,
+                augment=build(cfg.augment)(len(data.classes)),
+                drop_last=source.drop_last,
+                seed=cfg.seed,
+            )
+            validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
+            test = batches(data.test, batch_size=trainer.eval_batch_size)
+
+            model = build(cfg.model)(data.image_shape, len(data.classes)).to(
+                device, memory_format=trainer.memory_format
+            )
+            loss = build(cfg.loss)
+            optimizer = build(cfg.optimizer)(model.parameters())
+            schedule = build(cfg.schedule)(trainer.epochs * len(training))
+
+            state = trainer.start(model, optimizer, data.describe() | {"steps": len(training)}, settings)
+            checkpoint.resume(state, run.checkpoints())
+            run.keep_rows(state.rows)
+
+            with build(cfg.logger)(job, settings, state.wandb_id) as logger:
+                result["wandb"] = logger.info
+                state.wandb_id = logger.info and logger.info["id"]
+
+                def record(row: dict[str, Any]) -> None:
+                    run.log(row)
+                    logger.log(row)
+
+                def save(state: checkpoint.State, is_best: bool) -> None:
+                    newest = run.step_checkpoint(state.step)
+                    checkpoint.save(state.state_dict(), newest)
+                    run.keep(newest, is_best, trainer.keep_last)
+
+                machine = result["environment"]["device_name"]
+                log.info(
+                    "%s: %s images, %d steps an epoch, on %s", run.dir, f"{len(data.train):,}", len(training), machine
+                )
+                try:
+                    trainer.fit(state, loss, schedule, training, validation, record, save, stop)
+                    if run.best.exists():
+                        checkpoint.load_evaluated(state.evaluated, run.best)
+                    trainer.test(state, loss, test, record)
+                finally:
+                    result |= {
+                        "metrics": run.last_values(),
+                        "best": state.best,
+                        "epochs": state.epoch,
+                        "steps": state.step,
+                    }
+                    result["seconds"] |= state.seconds
+                    result["images_per_second"] = state.images / state.seconds["train"] if state.images else None
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run one job: the only one, or one of a sweep, where a failure is said and the others go on."""
     hydra_cfg = HydraConfig.get()
-    job = Job(_relative(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task))
+    job = Job(
+        _relative(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task), OmegaConf.to_yaml({"hydra": hydra_cfg})
+    )
     if hydra_cfg.mode == RunMode.MULTIRUN:
         job = replace(job, sweep=_relative(hydra_cfg.sweep.dir), number=hydra_cfg.job.num)
     try:

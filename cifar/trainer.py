@@ -1,6 +1,8 @@
 """The training loop: step, log, validate, save. It knows nothing of files, of Hydra or of W&B."""
 
+import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,14 +18,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cifar.checkpoint import State, Window
 from cifar.data.batches import Batches
-from cifar.signals import Interrupted, stop_on_signals
+from cifar.signals import Interrupted, Stop
 
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Tensor], Tensor]  # images (b, 3, h, w) -> logits (b, classes)
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits (b, classes), targets) -> mean loss ()
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor of each group's learning rate
+Record = Callable[[dict[str, Any]], None]  # takes one logged event
+Save = Callable[[State, bool], None]  # takes the state, and whether its validation is the best so far
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became infinite or not a number; the message names the step and the images."""
 
 
 @dataclass(kw_only=True)
@@ -38,8 +46,10 @@ class Trainer:
     accumulate: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: NonNegativeInt = 100
     checkpoint_every: PositiveInt | None = None
+    keep_last: PositiveInt = 2
     eval_batch_size: PositiveInt = 500
     progress: bool | None = None
 
@@ -54,10 +64,16 @@ class Trainer:
         """The layout of images and convolution weights."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def start(self, model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Any]) -> State:
+    def start(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: dict[str, Any],
+        settings: dict[str, Any] | None = None,
+    ) -> State:
         """Return the state of a run that has not taken a step yet; `model` is on the training device already.
 
-        `data` describes what it is trained on; see `State`.
+        `data` describes what it is trained on, `settings` is its configuration; see `State`.
         """
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
@@ -71,6 +87,7 @@ class Trainer:
             scaler=torch.amp.GradScaler(self.torch_device.type, enabled=self.precision == "fp16"),
             window=Window.empty(self.torch_device),
             data=data,
+            settings=settings or {},
         )
 
     def fit(
@@ -80,79 +97,108 @@ class Trainer:
         schedule: Schedule,
         train: Batches,
         val: Batches | None,
-        record: Callable[[dict[str, Any]], None],
-        save: Callable[[State, bool], None],
+        record: Record,
+        save: Save,
+        stop: Stop | None = None,
     ) -> None:
         """Train from `state` on until `epochs` are done, changing `state` in place.
 
         Each logged event goes to `record`; `save(state, is_best)` is called at checkpoints. Raises Interrupted, after
-        saving, when a signal asked to stop.
+        saving, when `stop` asks to; NonFiniteError, before the weights change, as `on_nonfinite` says.
         """
         forward = torch.compile(state.model) if self.compile else state.model
-        with stop_on_signals() as stop, logging_redirect_tqdm():
+        stop = Stop() if stop is None else stop  # a Stop is false until a signal came
+        with stop.deferred(), logging_redirect_tqdm():
             for epoch in range(state.epoch, self.epochs):
                 state.model.train()
                 clock = time.perf_counter()
                 for images, targets in self._bar(train.epoch(epoch, start=state.batch), epoch, state.batch, len(train)):
                     set_learning_rates(state.optimizer, schedule(state.step))
-                    self.step(state, forward, loss, images, targets)
+                    if not self.step(state, forward, loss, images, targets):
+                        self._skip(state, train.indices(epoch, state.batch))
                     state.batch += 1
                     state.step += 1
                     state.images += len(images)
-                    at_end = state.batch == len(train)
-                    if self.log_every and state.batch % self.log_every == 0 and not at_end:
+                    if state.batch == len(train):
+                        continue  # what follows an epoch's last step comes after the loop
+                    if self.log_every and state.batch % self.log_every == 0:
                         clock = self._lap(state, "train", clock)
                         self._log_running(state, epoch, record)
-                    if not at_end and (stop or (self.checkpoint_every and state.step % self.checkpoint_every == 0)):
+                    if stop or (self.checkpoint_every and state.step % self.checkpoint_every == 0):
                         clock = self._lap(state, "train", clock)
                         save(state, False)
                         if stop:
-                            raise Interrupted(f"stopped by {stop.name} at step {state.step}", stop.status)
+                            raise stop.interrupted(f"at step {state.step}")
                 clock = self._lap(state, "train", clock)
-                state.epoch, state.batch = epoch + 1, 0
-                row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
+                row = {"lr": state.optimizer.param_groups[0]["lr"]}
                 is_best = False
                 if val is not None:
-                    row |= self.validate(state, loss, val)
+                    try:
+                        with stop.deferred(False):
+                            row |= self.validate(state, loss, val)
+                    except Interrupted:
+                        save(state, False)
+                        raise stop.interrupted(f"at step {state.step}, before its validation") from None
                     clock = self._lap(state, "eval", clock)
                     is_best = state.best is None or row["val/accuracy"] > state.best["value"]
                     if is_best:
-                        state.best = {"metric": "val/accuracy", "value": row["val/accuracy"], "epoch": state.epoch}
-                row["images_per_second"] = state.images / state.seconds["train"]
+                        state.best = {"metric": "val/accuracy", "value": row["val/accuracy"], "epoch": epoch + 1}
+                state.epoch, state.batch = epoch + 1, 0
+                row = state.window.take() | row | {"images_per_second": state.images / state.seconds["train"]}
+                if state.skipped:
+                    row["train/skipped"] = state.skipped
                 self._record(state, state.epoch, row, record)
                 log.info("epoch %d/%d: %s", state.epoch, self.epochs, describe(row))
                 save(state, is_best)
-                if stop and state.epoch < self.epochs:
-                    raise Interrupted(f"stopped by {stop.name} at the end of epoch {state.epoch}", stop.status)
+                if stop:
+                    raise stop.interrupted(f"at the end of epoch {state.epoch}")
 
-    def step(self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor) -> None:
-        """Take one optimizer step on a batch; its loss and accuracy are added to `state.window`.
+    def step(self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor) -> bool:
+        """Take one optimizer step on a batch, and add its loss and accuracy to `state.window`.
+
+        Returns False, the weights unchanged and the window too, where the loss or a gradient is not finite.
 
         With `accumulate` = k the batch is computed in k parts whose gradients add up to the whole batch's: less memory,
         same step (but for BatchNorm, which sees parts).
         """
+        # A batch that overflows has been through BatchNorm's running statistics by the time it shows.
+        before = [buffer.clone() for buffer in state.model.buffers()] if self.on_nonfinite == "skip" else []
         state.optimizer.zero_grad(set_to_none=True)
+        losses, rights = [], []
         for part, part_targets in zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True):
             with self.autocast():
                 logits = forward(part)
                 value = loss(logits, part_targets)
-            share = len(part) / len(images)
-            state.scaler.scale(value if share == 1 else value * share).backward()
-            state.window.add(value.detach(), count_correct(logits, part_targets), len(part))
+            if len(part) < len(images):
+                value = value * (len(part) / len(images))
+            state.scaler.scale(value).backward()
+            losses.append(value.detach())
+            rights.append(count_correct(logits, part_targets))
+        total, correct = functools.reduce(torch.add, losses), functools.reduce(torch.add, rights)
+        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        # In fp16 a gradient may overflow: the scaler sees it, leaves out the step and lowers its scale.
+        judged = total if self.precision == "fp16" else total + norm
+        if not math.isfinite(judged.item()):
+            for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
+                buffer.copy_(value)
+            return False
         if self.clip_norm is not None:
-            state.scaler.unscale_(state.optimizer)
-            nn.utils.clip_grad_norm_(state.model.parameters(), self.clip_norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.ema is not None:
             state.ema.update_parameters(state.model)
+        state.window.add(total, correct, len(images))
+        return True
 
     def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
         """Return loss and accuracy on the validation split as `val/loss`, `val/accuracy`."""
         logits = infer(state.evaluated, val, self.autocast())
         return {"val/loss": loss(logits, val.labels).item(), "val/accuracy": accuracy(logits, val.labels)}
 
-    def test(self, state: State, loss: Loss, test: Batches, record: Callable[[dict[str, Any]], None]) -> None:
+    def test(self, state: State, loss: Loss, test: Batches, record: Record) -> None:
         """Record loss and accuracy on the test split, of all of it and of each class, as `test/...`; say them too."""
         clock = time.perf_counter()
         logits = infer(state.evaluated, test, self.autocast())
@@ -172,6 +218,20 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=AMP_DTYPES[self.precision])
 
+    def _skip(self, state: State, indices: Tensor) -> None:
+        shown = ", ".join(map(str, indices[:16].tolist())) + (", ..." if len(indices) > 16 else "")
+        happened = (
+            f"the loss or a gradient is not finite at step {state.step + 1} (epoch {state.epoch + 1}), "
+            f"on the training split's images {shown}"
+        )
+        if self.on_nonfinite == "stop":
+            raise NonFiniteError(
+                f"{happened}; the weights are as before. Lower optimizer.lr, set trainer.clip_norm, or go on without "
+                "such batches: trainer.on_nonfinite=skip"
+            )
+        state.skipped += 1
+        log.warning("skipped: %s", happened)
+
     def _bar(self, batches: Any, epoch: int, done: int, total: int) -> Any:
         # disable=None: tqdm draws on a terminal and keeps silent elsewhere, where plain lines are logged instead.
         disable = None if self.progress is None else not self.progress
@@ -185,14 +245,14 @@ class Trainer:
         state.seconds[phase] += now - since
         return now
 
-    def _log_running(self, state: State, epoch: int, record: Callable[[dict[str, Any]], None]) -> None:
+    def _log_running(self, state: State, epoch: int, record: Record) -> None:
         row = state.window.take() | {"lr": state.optimizer.param_groups[0]["lr"]}
         log.info(
             "[%d, %5d] loss: %.3f  accuracy: %.3f", epoch + 1, state.batch, row["train/loss"], row["train/accuracy"]
         )
         self._record(state, epoch + 1, row, record)
 
-    def _record(self, state: State, epoch: int, row: dict[str, Any], record: Callable[[dict[str, Any]], None]) -> None:
+    def _record(self, state: State, epoch: int, row: dict[str, Any], record: Record) -> None:
         state.rows += 1
         seconds = state.seconds["train"] + state.seconds["eval"]
         record({"epoch": epoch, "step": state.step, "seconds": round(seconds, 3)} | row)

@@ -127,10 +127,8 @@ def test_own_test_split_is_measured_as_plain_torch_does(digits_run: Path) -> Non
     with torch.no_grad():
         logits = model(images)
     predicted = logits.argmax(1)
-    confusion = [
-        [sum(split.labels[i] == row and predicted[i] == column for i in range(359)).item() for column in range(10)]
-        for row in range(10)
-    ]
+    pairs = list(zip(split.labels.tolist(), predicted.tolist(), strict=True))
+    confusion = [[pairs.count((row, column)) for column in range(10)] for row in range(10)]
     assert result["n"] == 359
     assert result["confusion"] == confusion
     assert result["accuracy"] == (predicted == split.labels).sum().item() / 359
@@ -203,8 +201,10 @@ def test_classes_that_the_run_does_not_know_are_named(color_run: Path, tmp_path:
 
 
 def test_images_of_another_size_are_refused(digits_run: Path) -> None:
+    network = load_network(digits_run)
     with pytest.raises(ValueError, match="images are 9x9 pixels, but the network takes 8x8"):
-        evaluate(load_network(digits_run), overrides=["data.image_size=9"])
+        evaluate(network, overrides=["data.image_size=9"])
+    assert network.cfg.data.image_size == 8  # as it was
 
 
 def test_the_weights_are_the_best_then_the_last_and_averaged_where_there_are_such(tmp_path: Path) -> None:
@@ -263,17 +263,18 @@ def test_what_a_folder_lacks(files: list[str], message: str, tmp_path: Path) -> 
 
 def test_the_file_of_pretrained_weights_is_not_needed_any_more(tmp_path: Path) -> None:
     model = classifier((3, 32, 32), 10, "squeezenet1_1")
-    overrides = ["model=torchvision", "model.name=squeezenet1_1", "model.weights=gone.pt"]
+    overrides = ["model=torchvision", "model.name=squeezenet1_1", "model.weights=gone.pt", "trainer.channels_last=true"]
     before = torch.get_rng_state()
     network = load_network(write_run(tmp_path, model, overrides, ten_digits(), 32))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in network.model.state_dict().items())
     assert not network.model.training
+    assert network.model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_precision_and_layout_are_the_runs(tmp_path: Path) -> None:
+def test_precision_and_batches_are_the_runs(tmp_path: Path) -> None:
     model = MLP((3, 8, 8), 10, [16])
-    overrides = ["model.widths=[16]", "trainer.precision=bf16", "trainer.channels_last=true"]
+    overrides = ["model.widths=[16]", "trainer.precision=bf16", "trainer.eval_batch_size=3"]
     network = load_network(write_run(tmp_path, model, overrides, ten_digits(), 8))
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
     normal = (images / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -281,7 +282,11 @@ def test_precision_and_layout_are_the_runs(tmp_path: Path) -> None:
         expected = model(normal).float()
     assert torch.equal(network.logits(images), expected)
     assert not torch.equal(network.logits(images), model(normal))
-    assert network.trainer.memory_format == torch.channels_last
+    sizes = []
+    network.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    network.logits(images)
+    network.logits(images, batch_size=4)
+    assert sizes == [3, 2, 4, 1]
 
 
 def test_a_run_made_on_a_gpu_is_evaluated_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +359,7 @@ def test_the_picture_shows_counts_names_and_contrast(tmp_path: Path, monkeypatch
     ]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a$b$", "猫"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a$b$", "猫"]
+    assert not any(label.get_parse_math() for label in (*axes.get_yticklabels(), *axes.get_xticklabels(), axes.title))
     assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("run: 90 %", "predicted", "true")
     assert axes.images[0].get_array().tolist() == [[0.9, 0.1], [0.0, 0.0]]
 

@@ -20,7 +20,9 @@ def test_a_wheel_installs_and_runs_from_another_folder(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], check=True, timeout=200)
+    subprocess.run(
+        [*pip, "wheel", str(source), "--no-deps", "--no-build-isolation", "-w", str(tmp_path)], check=True, timeout=200
+    )
     (wheel,) = tmp_path.glob("cifar-*.whl")
     packed = {name.removeprefix("cifar/") for name in zipfile.ZipFile(wheel).namelist()}
     assert {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "conf").rglob("*.yaml")} <= packed

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cifar import checkpoint
 from cifar.data.imagefolder import read_image
 from cifar.evaluate import load_network
 from cifar.models.mlp import MLP
@@ -55,6 +56,23 @@ def test_an_image_is_resized_as_in_training(tmp_path: Path) -> None:
         logits = model((read_image(tmp_path / "noise.png", SIDE) / 255 - mean) / std)[0]
     (prediction,) = predict(network, [str(tmp_path / "noise.png")])
     assert list(prediction["probabilities"].values()) == pytest.approx(logits.softmax(0).tolist(), abs=1e-6)
+
+
+def test_images_that_are_no_squares_are_taken_as_they_are(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", MLP((3, 4, 6), 3, []), ["model.widths=[]"], list(COLORS), 4)
+    content = checkpoint.load(folder / "checkpoints" / "last.pt")
+    checkpoint.save(
+        content | {"data": content["data"] | {"image_shape": [3, 4, 6]}}, folder / "checkpoints" / "last.pt"
+    )
+    Image.new("RGB", (6, 4)).save(tmp_path / "fits.png")
+    Image.new("RGB", (4, 6)).save(tmp_path / "turned.png")
+    network = load_network(folder)
+    mean, std = network.normalize.mean, network.normalize.std
+    fits, turned = predict(network, [str(tmp_path / "fits.png"), str(tmp_path / "turned.png")])
+    with torch.no_grad():
+        expected = network.model((torch.zeros(1, 3, 4, 6) - mean) / std)[0].softmax(0).tolist()
+    assert list(fits["probabilities"].values()) == pytest.approx(expected, abs=1e-6)
+    assert turned["error"] == f"{tmp_path / 'turned.png'}: 4x6 pixels, but the network takes 6x4"
 
 
 def test_what_cannot_be_read_has_an_error_and_the_others_a_class(

@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_a_failure_is_recorded_with_its_traceback(tmp_path: Path) -> None:
 def test_an_interruption_is_recorded_in_a_line(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(KeyboardInterrupt), run.recording():
-        raise Interrupted("stopped by SIGTERM at step 5", 143)
+        raise Interrupted(signal.SIGTERM, "at step 5")
     assert (run.result()["status"], run.result()["error"]) == ("failed", "stopped by SIGTERM at step 5")
 
 

@@ -42,7 +42,8 @@ def test_a_run_leaves_its_folder(command: Command, tmp_path: Path) -> None:
         "checkpoints",
         "result.json",
     }
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.pt", "best.pt"}
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"last.pt", "best.pt", "step-0000000040.pt", "step-0000000060.pt"}
 
     rows = read_rows(run)
     assert [(row["epoch"], row["step"]) for row in rows] == [

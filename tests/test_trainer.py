@@ -182,9 +182,10 @@ def test_ema_is_the_average_of_the_weights_and_what_is_evaluated() -> None:
     trainer = Trainer(epochs=1, device="cpu", ema_decay=0.8)
     original = trainer.step
 
-    def step(*arguments) -> None:
-        original(*arguments)
+    def step(*arguments) -> bool:
+        finite = original(*arguments)
         trajectory.append([parameter.detach().clone() for parameter in model.parameters()])
+        return finite
 
     trainer.step = step  # type: ignore[method-assign]
     state, _, _ = fit(trainer, model, split)

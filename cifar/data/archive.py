@@ -32,7 +32,7 @@ from cifar.data.dataset import Means, Source, Split, Stds, resize
 
 log = logging.getLogger(__name__)
 
-ANSWER_WITHIN = 8  # seconds for a server to begin its answer
+ANSWER_WITHIN = 6  # seconds for a server to begin its answer: a command that fails should do so within 10
 STALL_WITHIN = 30  # seconds that a download may stand still
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

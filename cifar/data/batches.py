@@ -79,6 +79,10 @@ class Batches:
         shuffled = torch.randperm(len(self.labels), generator=self._generator("cpu", "order", epoch))
         return shuffled[: self.used].to(self.images.device)
 
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """Return the indices, int64 (b,), of the images of one step of an epoch."""
+        return self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
+
     def in_order(self) -> Iterator[Tensor]:
         """Yield every image once, normalised and unaugmented, in the split's own order: for evaluation."""
         for images in self.images.split(self.batch_size):

@@ -2,6 +2,8 @@ import io
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -318,6 +320,16 @@ def test_decompression_bombs_are_unreadable(root: Path, monkeypatch: pytest.Monk
     picture(1, 2, 45).save(root / "train" / "bee" / "0.png")
     with pytest.raises(ValueError, match=r"bee/0\.png: .*2x45 pixels is too long for its width"):
         source(root).load()
+
+
+def test_decompression_bombs_are_no_mere_warning_outside_of_pytest(root: Path) -> None:
+    program = (
+        "from PIL import Image; from cifar.data.imagefolder import read_image; Image.MAX_IMAGE_PIXELS = 60; "
+        f"read_image({str(root / 'test' / 'ant' / '0.png')!r}, 8)"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ValueError" in finished.stderr.splitlines()[-1]
+    assert "decompression bomb" in finished.stderr.splitlines()[-1]
 
 
 def test_read_image_knows_what_is_not_there(tmp_path: Path) -> None:
