@@ -53,6 +53,9 @@ def check(cfg: DictConfig) -> None:
     settings = to_container(cfg)
     for key, annotation in TOP_LEVEL.items():
         _fit(key, settings.get(key), annotation)
+    for key, value in settings.items():
+        if isinstance(value, dict) and "_target_" not in value:
+            raise ConfigError(f"{key}: names nothing to build (it has no _target_); choose a file of conf/{key}")
     for key, node in _targets(settings):
         target = locate(key, node["_target_"])
         parameters = inspect.signature(target).parameters

@@ -37,6 +37,7 @@ def train(cfg: DictConfig, job: Job) -> None:
             check(cfg)
             settings = to_container(cfg)
             result["config_hash"] = config_hash(settings)
+            run.write_result(result)
 
             import torch
 
@@ -146,7 +147,7 @@ def cli() -> None:
             sweep_finished = summarize()
         if sweep_finished is None and failures:
             raise failures[0]
-        if sweep_finished is False:
+        if sweep_finished is False or failures:
             sys.exit(1)
 
 

@@ -33,6 +33,7 @@ def test_defaults_fit() -> None:
         ("loss.label_smoothing=1", "loss.label_smoothing=1: must be less than 1"),
         ("seed=-1", "seed=-1: must be greater than or equal to 0"),
         ("+optimizer.lrr=1", "optimizer.lrr: cifar.optimizer.sgd takes no such argument; it takes params, lr, "),
+        ("data=_base", "data: names nothing to build"),
         ("resume=3", "resume=3: must be a valid string"),
     ],
 )

@@ -7,13 +7,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import nn
 
+from cifar import checkpoint
 from cifar.config import CONF
 from cifar.data.batches import Batches, Normalize
 from cifar.data.dataset import Split
 from cifar.loss import cross_entropy
 from cifar.models.mlp import MLP
 from cifar.models.net import Net
-from cifar.trainer import Trainer, accuracy, count_correct, infer, pick_device
+from cifar.trainer import NonFiniteError, Trainer, accuracy, count_correct, infer, pick_device
 
 CLASSES = [str(label) for label in range(10)]
 
@@ -273,3 +274,92 @@ def test_checkpoint_every_saves_between_epochs() -> None:
 def test_loss_of_chance_at_the_start() -> None:
     _, rows, _ = fit(Trainer(epochs=1, device="cpu"), MLP((3, 8, 8), 10), images(200, 8), lr=0.0)
     assert rows[0]["train/loss"] == pytest.approx(math.log(10), rel=0.05)
+
+
+def poisoned(where: str, at: int):
+    """A loss that is, at its call number `at` (from 1), not a number itself or in its gradient."""
+    calls = 0
+
+    class NanGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * math.nan
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls != at:
+            return cross_entropy(logits, targets)
+        return (
+            cross_entropy(logits, targets) * math.nan
+            if where == "loss"
+            else cross_entropy(NanGradient.apply(logits), targets)
+        )
+
+    return loss
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_not_finite_stops_before_the_weights_change(where: str, precision: str) -> None:
+    split = images(40, 8)
+
+    def run(loss, epochs: int = 1):
+        torch.manual_seed(0)
+        model = MLP((3, 8, 8), 10)
+        trainer = Trainer(epochs=epochs, device="cpu", ema_decay=0.9, precision=precision)
+        state = trainer.start(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), {})
+        seen: list[dict] = []
+        return (
+            state,
+            lambda: trainer.fit(state, loss, lambda step: 1.0, batches(split), None, seen.append, lambda *_: None),
+            seen,
+        )
+
+    state, fit_it, rows = run(poisoned(where, at=4))
+    indices = ", ".join(map(str, batches(split).order(0)[24:32].tolist()))
+    with pytest.raises(NonFiniteError, match=rf"at step 4 \(epoch 1\), on the training split's images {indices};"):
+        fit_it()
+    assert (state.step, state.batch, state.window.images, rows) == (3, 3, 24, [])
+
+    # The same three steps without what comes after.
+    expected, fit_three, _ = run(poisoned("loss", at=4))
+    with pytest.raises(NonFiniteError):
+        fit_three()
+    for key in ("model", "ema", "optimizer"):
+        assert checkpoint.digest(state.state_dict()[key]) == checkpoint.digest(expected.state_dict()[key])
+    assert all(value.isfinite().all() for value in state.model.state_dict().values())
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_skip_goes_on_as_if_the_batch_had_not_been(where: str) -> None:
+    split = images(40, 8)
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+
+    model = network()
+    trainer = Trainer(epochs=1, device="cpu", on_nonfinite="skip")
+    state = trainer.start(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), {})
+    rows: list[dict] = []
+    trainer.fit(state, poisoned(where, at=2), lambda step: 1.0, batches(split), None, rows.append, lambda *_: None)
+    assert (state.step, state.skipped, rows[-1]["train/skipped"]) == (5, 1, 1)
+
+    reference = network()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for number, (inputs, targets) in enumerate(batches(split).epoch(0), start=1):
+        if number != 2:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(reference(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=f"{name} differs")
+    assert rows[-1]["train/loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
