@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,18 @@ def check(cfg: DictConfig) -> None:
 
     `cfg` is the composed configuration without Hydra's own node.
     """
+    if secret := re.search(r"\$\{oc\.env:[^}]*(KEY|TOKEN|SECRET|PASSW)[^}]*\}", OmegaConf.to_yaml(cfg), re.IGNORECASE):
+        raise ConfigError(
+            f"{secret[0]}: a setting may not hold a secret of the environment; settings are recorded and shared"
+        )
     settings = to_container(cfg)
     for key, annotation in TOP_LEVEL.items():
         _fit(key, settings.get(key), annotation)
     for key, value in settings.items():
         if isinstance(value, dict) and "_target_" not in value:
             raise ConfigError(f"{key}: names nothing to build (it has no _target_); choose a file of conf/{key}")
-    for key, node in _targets(settings):
-        target = locate(key, node["_target_"])
+    targets = [(key, node, locate(key, node["_target_"])) for key, node in _targets(settings)]
+    for key, node, target in targets:
         parameters = inspect.signature(target).parameters
         for name, value in node.items():
             if name in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):

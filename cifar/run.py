@@ -249,6 +249,12 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     return list(runs.values())
 
 
+def relative(folder: str | Path) -> Path:
+    """Return `folder` relative to where the user stands, if it lies below: as it is said, recorded and copied from a line."""
+    path, here = Path(folder).absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def without_home(text: str) -> str:
     """Return `text` with the home folder as `~`: a record that may be shared does not say who made it."""
     home = str(Path.home())

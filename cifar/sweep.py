@@ -1,7 +1,11 @@
 """What happens around a run or a sweep: refusals before anything is written, one job at a time, the table at the end."""
 
+import contextlib
 import logging
+import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
-from cifar.run import Run, RunError
+from cifar.run import Run, RunError, find_runs, relative, without_home
 
 log = logging.getLogger(__name__)
 
@@ -19,23 +23,59 @@ class Callbacks(Callback):
     """Hydra calls these before it makes a folder."""
 
     sweep: Path | None = None  # the folder of the sweep under way in this process
+    jobs_are_children = False
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Refuse a single run that cannot work, or that would overwrite another, while there is nothing to clean up."""
-        try:
-            settings = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-            check(settings)
-            folder = Path(config.hydra.run.dir)
+        with _refusing():
+            check(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+            _check_names(config)
+            folder = relative(config.hydra.run.dir)
             if config.resume is None and Run(folder).result() is not None:
                 raise RunError(f"hydra.run.dir={folder} holds a run already; resume=auto goes on with it")
-        except Exception as error:
-            # Hydra turns an exception in a callback into a warning and goes on; only SystemExit stops it.
-            print(f"error: {one_line(error)}", file=sys.stderr)
-            sys.exit(1)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Remember the sweep's folder for `summarize`."""
-        Callbacks.sweep = Path(config.hydra.sweep.dir)
+        """Remember the sweep's folder for `summarize`, and whether its jobs are children that may outlive a failed one."""
+        with _refusing():
+            _check_names(config)
+        Callbacks.sweep = relative(config.hydra.sweep.dir)
+        Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Hydra turns an exception in a callback into a warning and goes on; only SystemExit stops it.
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _check_names(config: DictConfig) -> None:
+    """Refuse names with which a run's files or a sweep's jobs would lie outside their folder."""
+    if Path(config.hydra.job.name).name != config.hydra.job.name:
+        raise ConfigError(
+            f"hydra.job.name={config.hydra.job.name}: must be a plain name; it names a file in the run's folder"
+        )
+    # As it is written: it holds ${hydra.job.num}, which is known only in a job.
+    subdir = str(OmegaConf.to_container(config.hydra.sweep)["subdir"])  # type: ignore[call-overload, index]
+    if Path(subdir).is_absolute() or ".." in Path(subdir).parts:
+        raise ConfigError(f"hydra.sweep.subdir={subdir}: must lie inside hydra.sweep.dir")
+
+
+def refuse_targets_for_hydra(arguments: list[str]) -> None:
+    """ConfigError where an override names code for Hydra itself to build: callbacks and log handlers know no allow list.
+
+    Launchers and sweepers are chosen as a group, `hydra/launcher=joblib`, among those installed.
+    """
+    for argument in arguments:
+        key = _key(argument)
+        if re.match(r"hydra[./]", key) and (
+            key.startswith("hydra.callbacks")
+            or re.search(r"_target_|\.class$|\(\)|logging\.(handlers|formatters|filters)", argument)
+        ):
+            raise ConfigError(f"{key}: what Hydra itself builds can't be set on the command line")
 
 
 def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
@@ -88,8 +128,14 @@ def summarize() -> bool | None:
     if folder is None or not folder.is_dir():
         return None
     from cifar.compare import compare, print_table
-    from cifar.run import find_runs
 
+    if Callbacks.jobs_are_children:
+        # submitit's launcher gives up at the first job that was killed, while others are still at work.
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                os.wait()
+    if (composed := folder / "multirun.yaml").exists():
+        composed.write_text(without_home(composed.read_text(encoding="utf-8")), encoding="utf-8")
     try:
         runs = find_runs([folder])
     except RunError:  # stopped before the first job began

@@ -7,7 +7,6 @@ import logging
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,16 +17,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar.config import CONF, check, config_hash, to_container
 from cifar.errors import one_line, reported
-from cifar.run import Job, Run, environment
-from cifar.signals import stop_on_signals
-from cifar.sweep import already_finished, arguments_of_resumed_run, summarize
+from cifar.run import Job, Run, environment, relative
+from cifar.signals import Stop, stop_on_signals
+from cifar.sweep import already_finished, arguments_of_resumed_run, refuse_targets_for_hydra, summarize
 
 log = logging.getLogger(__name__)
 build = partial(instantiate, _convert_="all", _partial_=True)
 
 
 def train(cfg: DictConfig, job: Job) -> None:
-    """Train the run that `cfg` describes in the job's folder, from its checkpoint on where there is one, and test it."""
+    """Train and test the run that `cfg` describes, in the job's folder, and leave its record there, however it ends."""
     run = Run(job.folder)
     with run.locked(), stop_on_signals() as stop:
         if job.sweep and already_finished(run, cfg):
@@ -38,74 +37,67 @@ def train(cfg: DictConfig, job: Job) -> None:
             settings = to_container(cfg)
             result["config_hash"] = config_hash(settings)
             run.write_result(result)
+            fit_and_test(cfg, settings, job, run, result, stop)
 
-            import torch
 
-            from cifar import checkpoint
-            from cifar.data.batches import Batches, Normalize
+def fit_and_test(
+    cfg: DictConfig, settings: dict[str, Any], job: Job, run: Run, result: dict[str, Any], stop: Stop
+) -> None:
+    """Build every component of `cfg`, go on from the run's checkpoint where there is one, train, test; fill in `result`."""
+    import torch
 
-            torch.manual_seed(cfg.seed)
-            trainer = build(cfg.trainer)()
-            device = trainer.torch_device
-            result["environment"] = environment(device)
+    from cifar import checkpoint
+    from cifar.data.batches import Batches, Normalize
 
-            source = build(cfg.data)()
-            data = source.load().to(device)
-            batches = partial(
-                Batches, normalize=Normalize(data.mean, data.std, device), memory_format=trainer.memory_format
-            )
-            training = batches(
-                data.train,
-                batch_size=source.batch_size,
-                augment=build(cfg.augment)(len(data.classes)),
-                drop_last=source.drop_last,
-                seed=cfg.seed,
-            )
-            validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
-            test = batches(data.test, batch_size=trainer.eval_batch_size)
+    torch.manual_seed(cfg.seed)
+    trainer = build(cfg.trainer)()
+    device = trainer.torch_device
+    result["environment"] = environment(device)
 
-            model = build(cfg.model)(data.image_shape, len(data.classes)).to(
-                device, memory_format=trainer.memory_format
-            )
-            loss = build(cfg.loss)
-            optimizer = build(cfg.optimizer)(model.parameters())
-            schedule = build(cfg.schedule)(trainer.epochs * len(training))
+    source = build(cfg.data)()
+    data = source.load().to(device)
+    normalize = Normalize(data.mean, data.std, device)
+    augment = build(cfg.augment)(len(data.classes))
+    batches = partial(Batches, normalize=normalize, memory_format=trainer.memory_format)
+    training = batches(
+        data.train, batch_size=source.batch_size, augment=augment, drop_last=source.drop_last, seed=cfg.seed
+    )
+    validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
+    test = batches(data.test, batch_size=trainer.eval_batch_size)
 
-            state = trainer.start(model, optimizer, data.describe() | {"steps": len(training)}, settings)
-            checkpoint.resume(state, run.checkpoints())
-            run.keep_rows(state.rows)
+    model = build(cfg.model)(data.image_shape, len(data.classes))
+    model.to(device, memory_format=trainer.memory_format)
+    loss = build(cfg.loss)
+    optimizer = build(cfg.optimizer)(model.parameters())
+    schedule = build(cfg.schedule)(trainer.epochs * len(training))
 
-            with build(cfg.logger)(job, settings, state.wandb_id) as logger:
-                result["wandb"] = logger.info
-                state.wandb_id = logger.info and logger.info["id"]
+    state = trainer.start(model, optimizer, data.describe() | {"steps": len(training)}, settings)
+    checkpoint.resume(state, run.checkpoints())
+    run.keep_rows(state.rows)
 
-                def record(row: dict[str, Any]) -> None:
-                    run.log(row)
-                    logger.log(row)
+    def save(state: checkpoint.State, is_best: bool) -> None:
+        newest = run.step_checkpoint(state.step)
+        checkpoint.save(state.state_dict(), newest)
+        run.keep(newest, is_best, trainer.keep_last)
 
-                def save(state: checkpoint.State, is_best: bool) -> None:
-                    newest = run.step_checkpoint(state.step)
-                    checkpoint.save(state.state_dict(), newest)
-                    run.keep(newest, is_best, trainer.keep_last)
+    with build(cfg.logger)(job, settings, state.wandb_id) as logger:
+        result["wandb"] = logger.info
+        state.wandb_id = logger.info and logger.info["id"]
 
-                machine = result["environment"]["device_name"]
-                log.info(
-                    "%s: %s images, %d steps an epoch, on %s", run.dir, f"{len(data.train):,}", len(training), machine
-                )
-                try:
-                    trainer.fit(state, loss, schedule, training, validation, record, save, stop)
-                    if run.best.exists():
-                        checkpoint.load_evaluated(state.evaluated, run.best)
-                    trainer.test(state, loss, test, record)
-                finally:
-                    result |= {
-                        "metrics": run.last_values(),
-                        "best": state.best,
-                        "epochs": state.epoch,
-                        "steps": state.step,
-                    }
-                    result["seconds"] |= state.seconds
-                    result["images_per_second"] = state.images / state.seconds["train"] if state.images else None
+        def record(row: dict[str, Any]) -> None:
+            run.log(row)
+            logger.log(row)
+
+        log.info("%s: %s on %s", run.dir, training, result["environment"]["device_name"])
+        try:
+            trainer.fit(state, loss, schedule, training, validation, record, save, stop)
+            if run.best.exists():
+                checkpoint.load_evaluated(state.evaluated, run.best)
+            trainer.test(state, loss, test, record)
+        finally:
+            result |= {"metrics": run.last_values(), "best": state.best, "epochs": state.epoch, "steps": state.step}
+            result["seconds"] |= state.seconds
+            result["images_per_second"] = state.images / state.seconds["train"] if state.images else None
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -113,10 +105,10 @@ def main(cfg: DictConfig) -> None:
     """Run one job: the only one, or one of a sweep, where a failure is said and the others go on."""
     hydra_cfg = HydraConfig.get()
     job = Job(
-        _relative(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task), OmegaConf.to_yaml({"hydra": hydra_cfg})
+        relative(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task), OmegaConf.to_yaml({"hydra": hydra_cfg})
     )
     if hydra_cfg.mode == RunMode.MULTIRUN:
-        job = replace(job, sweep=_relative(hydra_cfg.sweep.dir), number=hydra_cfg.job.num)
+        job = replace(job, sweep=relative(hydra_cfg.sweep.dir), number=hydra_cfg.job.num)
     try:
         train(cfg, job)
     except (Exception, SystemExit) as error:
@@ -124,12 +116,6 @@ def main(cfg: DictConfig) -> None:
         failures.append(error)
         if job.sweep:
             print(f"job {job.number} failed: {one_line(error)}", file=sys.stderr, flush=True)
-
-
-def _relative(folder: str) -> Path:
-    """Paths are said and recorded relative to where the user stands, where they can be: no home folder in any record."""
-    path, here = Path(folder).absolute(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 failures: list[BaseException] = []  # of the jobs that ran in this process
@@ -140,6 +126,7 @@ def cli() -> None:
     with reported():
         # -m may stand anywhere; argparse, which reads the line for Hydra, would have it before or after all overrides.
         arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
+        refuse_targets_for_hydra(arguments)
         sys.argv[1:] = arguments_of_resumed_run(arguments)
         try:
             main()

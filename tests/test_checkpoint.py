@@ -1,4 +1,10 @@
+import ast
+import os
 import pickle
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +33,7 @@ def trained(**settings) -> State:
         one.step += 1
         one.batch += 1
         one.images += 6
-    one.epoch, one.rows, one.wandb_id = 2, 5, "abc"
+    one.epoch, one.rows, one.wandb_id, one.skipped = 2, 5, "abc", 4
     one.best = {"metric": "val/accuracy", "value": 0.5, "epoch": 1}
     one.seconds = {"train": 1.5, "eval": 0.5}
     return one
@@ -35,9 +41,12 @@ def trained(**settings) -> State:
 
 def test_round_trip_restores_everything(tmp_path: Path) -> None:
     original = trained(ema_decay=0.9)
+    original.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    original.scaler.scale(torch.ones(()))  # its scale exists from the first use on
     checkpoint.save(original.state_dict(), tmp_path / "last.pt")
     draws = torch.rand(3)
     restored = state(ema_decay=0.9)
+    restored.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     checkpoint.resume(restored, [tmp_path / "last.pt"])
     assert torch.equal(torch.rand(3), draws)
     expected, found = original.state_dict(), restored.state_dict()
@@ -153,3 +162,38 @@ def test_a_failed_save_keeps_the_last_one(tmp_path: Path, monkeypatch: pytest.Mo
         checkpoint.save(trained().state_dict(), path)
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["last.pt"]
+
+
+def restoring_lines() -> list[tuple[int, int]]:
+    """The first and last line of each statement that puts a saved value back."""
+    tree = ast.parse(Path(checkpoint.__file__).read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    restoring = [node for node in functions if node.name in ("load_state_dict", "_restore_generators", "load_weights")]
+    assert len(restoring) == 3
+    statements = [
+        node for function in restoring for node in ast.walk(function) if isinstance(node, ast.Expr | ast.Assign)
+    ]
+    kept = [
+        node
+        for node in statements
+        if re.search(r"saved|states\[\"cpu\"\]|load_state_dict\(weights|group\.update", ast.unparse(node))
+    ]
+    return [(node.lineno, node.end_lineno or node.lineno) for node in kept if "missing =" not in ast.unparse(node)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "last"), restoring_lines())
+def test_deleting_a_line_that_restores_is_noticed(first: int, last: int, tmp_path: Path) -> None:
+    repository = Path(__file__).parent.parent
+    for name in ("cifar", "conf", "tests"):
+        shutil.copytree(repository / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(repository / "pyproject.toml", tmp_path)
+    module = tmp_path / "cifar" / "checkpoint.py"
+    lines = module.read_text().splitlines(keepends=True)
+    indent = lines[first - 1][: len(lines[first - 1]) - len(lines[first - 1].lstrip())]
+    module.write_text("".join([*lines[: first - 1], f"{indent}pass\n", *lines[last:]]))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-x", "tests/test_checkpoint.py"], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, f"nothing notices that this is gone: {''.join(lines[first - 1 : last])}"

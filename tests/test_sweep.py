@@ -144,3 +144,32 @@ def test_a_resumed_run_replays_its_command(tmp_path: Path, monkeypatch: pytest.M
         arguments_of_resumed_run(["-m", f"resume={run}"])
     with pytest.raises(ValueError, match=r"resume=nowhere: no checkpoint in it"):
         arguments_of_resumed_run(["resume=nowhere"])
+
+
+def test_a_killed_job_does_not_take_the_others_down(command: Command, tmp_path: Path) -> None:
+    """Five jobs in processes of their own: one raises, one exits with status 0, one is SIGKILLed; two finish."""
+    (tmp_path / "saboteur.py").write_text(
+        "import os, signal, sys\n\n\n"
+        "def raises(logits, targets):\n    raise ArithmeticError('sabotage')\n\n\n"
+        "def exits(logits, targets):\n    sys.exit(0)\n\n\n"
+        "def killed(logits, targets):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    losses = "cifar.loss.mean_squared_error,saboteur.raises,saboteur.exits,saboteur.killed,cifar.loss.cross_entropy"
+    sweep = [
+        "-m",
+        *QUICK,
+        "logger=none",
+        "hydra.sweep.dir=sweep",
+        "hydra/launcher=submitit_local",
+        "hydra.launcher.timeout_min=5",
+    ]
+    path = f"{REPOSITORY}{os.pathsep}{tmp_path}"
+    done = command(
+        "train", *sweep, "loss=mse", f"loss._target_={losses}", timeout=280, CIFAR_TARGETS="saboteur", PYTHONPATH=path
+    )
+    assert done.returncode != 0
+    results = [json.loads((tmp_path / "sweep" / str(job) / "result.json").read_text()) for job in range(5)]
+    assert [result["status"] for result in results] == ["finished", "failed", "failed", "running", "finished"]
+    for told in ("ArithmeticError: sabotage", "SystemExit: 0", "sweep/3: running\nno word from it: killed?"):
+        assert told in done.stderr
+    assert "5 runs, ranked by" in done.stdout

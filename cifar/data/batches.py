@@ -59,6 +59,10 @@ class Batches:
         """Steps an epoch."""
         return -(-self.used // self.batch_size)
 
+    def __str__(self) -> str:
+        """For the run's log."""
+        return f"{self.used:,} images in {len(self):,} steps an epoch"
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the shuffled, augmented, normalised batches of one epoch (counted from 0), from step `start` on.
 
