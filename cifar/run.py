@@ -154,6 +154,8 @@ class Run:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(f"{self.dir}: another process is at work in this folder") from None
+            for leftover in self.dir.rglob(".*.tmp"):  # of a save that was killed
+                leftover.unlink()
             yield
         finally:
             os.close(folder)

@@ -19,6 +19,10 @@ from cifar.run import Run, RunError, find_runs, relative, without_home
 log = logging.getLogger(__name__)
 
 
+class ChangedSweepError(ConfigError):
+    """A sweep was started again in its folder with another configuration; the message names the difference."""
+
+
 class Callbacks(Callback):
     """Hydra calls these before it makes a folder."""
 
@@ -105,7 +109,7 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
 def already_finished(run: Run, cfg: DictConfig) -> bool:
     """Whether this job of a sweep was finished by an earlier start of the sweep.
 
-    ConfigError, naming the difference, where the folder holds a run of another configuration, finished or not.
+    ChangedSweepError where the folder holds a run of another configuration, finished or not.
     """
     result = run.result()
     if result is None or result["config_hash"] is None:
@@ -116,7 +120,9 @@ def already_finished(run: Run, cfg: DictConfig) -> bool:
 
         found = [checkpoint.load(path)["settings"] for path in run.checkpoints()[:1]]
         changed = difference(found[0], settings) if found else f"it was started with {' '.join(result['overrides'])}"
-        raise ConfigError(f"{run.dir} holds a run of another configuration: {changed}; choose another hydra.sweep.dir")
+        raise ChangedSweepError(
+            f"{run.dir} holds a run of another configuration: {changed}; choose another hydra.sweep.dir"
+        )
     if result["status"] == "finished":
         log.info("%s: finished already", run.dir)
     return result["status"] == "finished"

@@ -19,7 +19,13 @@ from cifar.config import CONF, check, config_hash, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment, relative
 from cifar.signals import Stop, stop_on_signals
-from cifar.sweep import already_finished, arguments_of_resumed_run, refuse_targets_for_hydra, summarize
+from cifar.sweep import (
+    ChangedSweepError,
+    already_finished,
+    arguments_of_resumed_run,
+    refuse_targets_for_hydra,
+    summarize,
+)
 
 log = logging.getLogger(__name__)
 build = partial(instantiate, _convert_="all", _partial_=True)
@@ -116,6 +122,8 @@ def main(cfg: DictConfig) -> None:
         failures.append(error)
         if job.sweep:
             print(f"job {job.number} failed: {one_line(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, ChangedSweepError):
+            sys.exit(1)  # the jobs to come would be of another sweep than those in the folder
 
 
 failures: list[BaseException] = []  # of the jobs that ran in this process

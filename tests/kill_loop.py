@@ -76,7 +76,7 @@ def attempt(arguments: list[str], seed: int, kind: str) -> int:
         cli()
         os._exit(0)
     if kind == "time":
-        time.sleep(generator.uniform(0.05, 1.0))
+        time.sleep(generator.uniform(0.05, 0.6))
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]
 

@@ -178,7 +178,11 @@ def restoring_lines() -> list[tuple[int, int]]:
         for node in statements
         if re.search(r"saved|states\[\"cpu\"\]|load_state_dict\(weights|group\.update", ast.unparse(node))
     ]
-    return [(node.lineno, node.end_lineno or node.lineno) for node in kept if "missing =" not in ast.unparse(node)]
+    return [
+        (node.lineno, node.end_lineno or node.lineno)
+        for node in kept
+        if not isinstance(node.value, ast.Constant) and "missing =" not in ast.unparse(node)
+    ]
 
 
 @pytest.mark.slow
