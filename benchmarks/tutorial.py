@@ -1,6 +1,6 @@
 """The tutorial's job, ours against the loop as the tutorial has it: same network, recipe, images and number of steps.
 
-    python benchmarks/tutorial.py IMAGES [--seeds 3] [--epochs 2]
+    python -m benchmarks.tutorial IMAGES [--seeds 3] [--epochs 2]
 
 IMAGES is a folder in torchvision's layout. The rival is a DataLoader with two workers over a data set in memory (PIL image,
 ToTensor, Normalize, as torchvision's CIFAR10 gives them) around a plain loop that prints its running loss. Both are timed from

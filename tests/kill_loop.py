@@ -5,6 +5,7 @@ point inside a save (half a file written, before or after a sync, a rename, a li
 random time. Once KILLS were survived, an attempt is left alone. Prints how many kills of each kind there were.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -51,7 +52,8 @@ def kill_inside_a_save(generator: random.Random) -> None:
                     path = Path(arguments[1])
                     path.write_bytes(path.read_bytes()[: generator.randint(0, path.stat().st_size)])
                 elif generator.random() < 0.5:
-                    original(*arguments, **keywords)
+                    with contextlib.suppress(OSError):  # unlink of what is not there
+                        original(*arguments, **keywords)
                 die()
             return original(*arguments, **keywords)
 
