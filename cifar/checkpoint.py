@@ -75,6 +75,10 @@ class State:
     skipped: int = 0  # steps left out because the loss or a gradient was not finite
     wandb_id: str | None = None  # the W&B run that a resumed run goes on logging to
 
+    def __post_init__(self) -> None:
+        """Keep the list of parameters, which every step goes through."""
+        self.parameters = list(self.model.parameters())
+
     @property
     def evaluated(self) -> nn.Module:
         """The network that is validated, tested and shipped: the averaged weights where there are such."""

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +40,7 @@ class Trainer:
     epochs: PositiveInt = 5
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    onednn: bool = True
     compile: bool = False
     channels_last: bool = False
     accumulate: PositiveInt = 1
@@ -58,6 +58,7 @@ class Trainer:
         self.torch_device = pick_device(self.device)
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             raise ValueError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+        torch.backends.mkldnn.enabled = self.onednn  # type: ignore[assignment]  # of the whole process, as the device is
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -175,17 +176,18 @@ class Trainer:
             losses.append(value.detach())
             rights.append(count_correct(logits, part_targets))
         total, correct = functools.reduce(torch.add, losses), functools.reduce(torch.add, rights)
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         state.scaler.unscale_(state.optimizer)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+        wrong = ~total.isfinite()
         # In fp16 a gradient may overflow: the scaler sees it, leaves out the step and lowers its scale.
-        judged = total if self.precision == "fp16" else total + norm
-        if not math.isfinite(judged.item()):
+        if self.precision != "fp16":
+            wrong |= any_not_finite(gradients)
+        if wrong.item():
             for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
                 buffer.copy_(value)
             return False
         if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(state.parameters, self.clip_norm, nn.utils.get_total_norm(gradients))
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.ema is not None:
@@ -283,6 +285,14 @@ def infer(model: nn.Module, batches: Batches, autocast: AbstractContextManager[A
     model.eval()
     with autocast or nullcontext():
         return torch.cat([model(images) for images in batches.in_order()]).float()
+
+
+def any_not_finite(gradients: list[Tensor]) -> Tensor:
+    """Return whether any number in any of them is infinite or not a number, bool (), in one pass, on their device."""
+    found = torch.zeros((), device=gradients[0].device)
+    # The kernel of torch.amp.GradScaler: it sets the flag and divides by a scale, here 1.
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+    return found > 0
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -363,3 +363,15 @@ def test_skip_goes_on_as_if_the_batch_had_not_been(where: str) -> None:
     for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=f"{name} differs")
     assert rows[-1]["train/loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_other_kernels_compute_the_same() -> None:
+    split = images(8)
+    torch.manual_seed(0)
+    model = Net((3, 32, 32), 10)
+    Trainer(device="cpu", onednn=False)
+    assert not torch.backends.mkldnn.enabled
+    plain = infer(model, batches(split))
+    Trainer(device="cpu")
+    assert torch.backends.mkldnn.enabled
+    torch.testing.assert_close(infer(model, batches(split)), plain, rtol=1e-5, atol=1e-6)
