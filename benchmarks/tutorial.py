@@ -101,9 +101,8 @@ def main() -> None:
     for name, runs in measured.items():
         seconds, accuracies = statistics.median(run[0] for run in runs), [100 * run[1] for run in runs]
         spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
-        print(
-            f"| {name} | {seconds:.1f} | {1000 * seconds / steps:.2f} | {statistics.mean(accuracies):.2f}{spread} % | {len(runs)} |"
-        )
+        mean, step = statistics.mean(accuracies), 1000 * seconds / steps
+        print(f"| {name} | {seconds:.1f} | {step:.2f} | {mean:.2f}{spread} % | {len(runs)} |")
     ratios = [theirs[0] / own[0] for theirs, own in zip(*measured.values(), strict=True)]
     print(f"\nRatio, seed by seed: median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}")
 

@@ -78,11 +78,10 @@ def load_network(folder: Path, device: str | None = None, which: str | None = No
     path = {"best": run.best, "last": run.last}[which] if which else run.checkpoint
 
     import torch
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from cifar import checkpoint
-    from cifar.config import check
+    from cifar.config import build, check
     from cifar.data.batches import Normalize
 
     cfg = OmegaConf.create(settings)
@@ -94,11 +93,9 @@ def load_network(folder: Path, device: str | None = None, which: str | None = No
     if cfg.model._target_ == "cifar.models.torchvision.classifier":
         cfg.model.weights = None  # the file that training started from need not be here
 
-    trainer = instantiate(cfg.trainer, **_hardware(cfg, device), _convert_="all")
+    trainer = build(cfg.trainer)(**_hardware(cfg, device))
     with torch.random.fork_rng(devices=[]):  # the initial weights are of no interest
-        model = instantiate(cfg.model, _partial_=True, _convert_="all")(
-            tuple(data["image_shape"]), len(data["classes"])
-        )
+        model = build(cfg.model)(tuple(data["image_shape"]), len(data["classes"]))
     model.to(trainer.torch_device, memory_format=trainer.memory_format)
     try:
         checkpoint.load_weights(model, checkpoint.evaluated_weights(content))
@@ -120,9 +117,10 @@ def evaluate(
     `overrides` are further settings of the data, `data.KEY=VALUE`. Returns what `measure` does. Raises ValueError where the
     images have another shape, or where there are classes that the network doesn't know.
     """
-    from hydra.utils import instantiate
 
-    loss = instantiate(network.cfg.loss, _partial_=True, _convert_="all")
+    from cifar.config import build
+
+    loss = build(network.cfg.loss)
     split, classes = read_test(network, group, root, overrides)
     if tuple(split.images.shape[1:]) != network.image_shape:
         height, width = split.images.shape[2:]
@@ -138,10 +136,9 @@ def read_test(
 ) -> tuple["Split", tuple[str, ...]]:
     """Return the test split, in the network's image size, and its classes; for the arguments see `evaluate`."""
     from hydra import compose, initialize_config_dir
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from cifar.config import CONF, check
+    from cifar.config import CONF, build, check
 
     cfg = network.cfg.copy()
     if group is not None:
@@ -157,7 +154,7 @@ def read_test(
     if OmegaConf.is_missing(cfg.data, "root"):
         raise ValueError(f"data.root: --data {group} needs --root DIR, the folder that holds the data")
     check(cfg)
-    return instantiate(cfg.data, _convert_="all").read_test()
+    return build(cfg.data)().read_test()
 
 
 def map_labels(labels: "Tensor", classes: Sequence[str], known: Sequence[str]) -> "Tensor":

@@ -92,8 +92,8 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
     if folder in ("", "null", "auto"):
         return arguments
     run = Run(Path(folder))
-    if not run.last.exists():
-        raise RunError(f"resume={folder}: no checkpoint in it (looked for {run.last})")
+    if not run.checkpoints():
+        raise RunError(f"resume={folder}: no checkpoint in it (looked in {run.last.parent})")
     given = [argument for argument in arguments if argument not in asked]
     if "-m" in given or "--multirun" in given:
         raise RunError(

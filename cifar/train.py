@@ -12,10 +12,9 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from cifar.config import CONF, check, config_hash, to_container
+from cifar.config import CONF, build, check, config_hash, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment, relative
 from cifar.signals import Stop, stop_on_signals
@@ -28,7 +27,6 @@ from cifar.sweep import (
 )
 
 log = logging.getLogger(__name__)
-build = partial(instantiate, _convert_="all", _partial_=True)
 
 
 def train(cfg: DictConfig, job: Job) -> None:

@@ -40,6 +40,7 @@ class Trainer:
     epochs: PositiveInt = 5
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: PositiveInt | None = None
     onednn: bool = True
     compile: bool = False
     channels_last: bool = False
@@ -58,6 +59,8 @@ class Trainer:
         self.torch_device = pick_device(self.device)
         if self.precision == "fp16" and self.torch_device.type == "cpu":
             raise ValueError("trainer.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         torch.backends.mkldnn.enabled = self.onednn  # type: ignore[assignment]  # of the whole process, as the device is
 
     @property

@@ -375,3 +375,10 @@ def test_other_kernels_compute_the_same() -> None:
     Trainer(device="cpu")
     assert torch.backends.mkldnn.enabled
     torch.testing.assert_close(infer(model, batches(split)), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_are_set() -> None:
+    Trainer(device="cpu", threads=2)
+    assert torch.get_num_threads() == 2
+    Trainer(device="cpu")
+    assert torch.get_num_threads() == 2
