@@ -145,6 +145,33 @@ def suggestion(key: str) -> str:
     return f", did you mean {' or '.join(near[:2])}?" if near else ";"
 
 
+def help_text(overrides: list[str]) -> str:
+    """Return what `--help` prints: usage, every group with its choices, and the configuration that the overrides compose.
+
+    Hydra's own help copies each of its configurations for each group that it lists, which takes longer than all else.
+    """
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", overrides)
+    groups = sorted(path for path in Path(CONF).iterdir() if path.is_dir() and path.name != "__pycache__")
+    choices = [
+        f"  {group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml') if file.stem[0] != '_'))}"
+        for group in groups
+    ]
+    return "\n".join(
+        [
+            "usage: python -m cifar.train [GROUP=CHOICE] [KEY=VALUE] ... [-m]",
+            "\nTrains one network; with -m, one for each combination of comma-separated values.",
+            "\nGroups and their choices:\n",
+            *choices,
+            "\nSettings, with the choices above as given (also: --cfg job):\n",
+            OmegaConf.to_yaml(cfg).rstrip(),
+            "\nFlags of Hydra: --hydra-help",
+        ]
+    )
+
+
 def difference(recorded: dict[str, Any], settings: dict[str, Any]) -> str:
     """Return "optimizer.lr was 0.1 and is 0.2, ...": the settings of what is trained that are not as recorded."""
     old, new = (

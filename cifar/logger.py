@@ -74,7 +74,7 @@ def wandb(
         "job": job.number,
         "overrides": dict(item.lstrip("+~").partition("=")[::2] for item in job.overrides),
     }
-    with client.init(
+    run = client.init(
         project=project,
         group=group or sweep,
         name=f"{sweep}/{job.number}" if sweep else job.folder.name,
@@ -89,7 +89,9 @@ def wandb(
         settings=client.Settings(
             console="off", silent=True, x_disable_meta=True, save_code=False, x_save_requirements=False
         ),
-    ) as run:
+    )
+    failed = True
+    try:
         run.define_metric("step")
         run.define_metric("*", step_metric="step", summary="max,last")
         for name in ("train/loss", "val/loss", "test/loss"):
@@ -100,6 +102,10 @@ def wandb(
         elif chosen == "offline" and not sweep:  # a sweep says it once, at its end
             log.info("W&B: offline; to upload: %s", sync_command(shared))
         yield logger
+        failed = False
+    finally:
+        # Not `with run`: on its way out it would print the traceback of what the command tells in a line.
+        run.finish(exit_code=int(failed))
 
 
 def sync_command(shared: Path) -> str:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cifar.config import CONF, build, check, config_hash, to_container
+from cifar.config import CONF, build, check, config_hash, help_text, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment, relative
 from cifar.signals import Stop, stop_on_signals
@@ -101,7 +101,7 @@ def fit_and_test(
         finally:
             result |= {"metrics": run.last_values(), "best": state.best, "epochs": state.epoch, "steps": state.step}
             result["seconds"] |= state.seconds
-            result["images_per_second"] = state.images / state.seconds["train"] if state.images else None
+            result["images_per_second"] = state.images / state.seconds["train"] if state.seconds["train"] else None
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
@@ -133,6 +133,9 @@ def cli() -> None:
         # -m may stand anywhere; argparse, which reads the line for Hydra, would have it before or after all overrides.
         arguments = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
         refuse_targets_for_hydra(arguments)
+        if {"-h", "--help"} & {*arguments}:
+            print(help_text([argument for argument in arguments if not argument.startswith("-")]))
+            return
         sys.argv[1:] = arguments_of_resumed_run(arguments)
         try:
             main()

@@ -196,6 +196,27 @@ def test_questions_are_answered_without_torch(arguments: list[str], tmp_path: Pa
     assert "optimizer" in done.stdout
 
 
+def test_help_lists_groups_choices_and_settings(command: Command) -> None:
+    shown = command("train", "--help", "optimizer=adam").stdout
+    for text in (
+        "model: mlp, net, resnet18",
+        "data: cifar10, cifar100, digits, imagefolder",
+        "cifar.optimizer.adam",
+        "--hydra-help",
+    ):
+        assert text in shown
+    assert "_base" not in shown
+    wrong = command("train", "--help", "optimizer=nope")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
+
+
+def test_wandb_adds_no_traceback_to_a_line(command: Command) -> None:
+    done = command("train", *QUICK[:-1], "optimizer.lr=1e30", "logger.mode=offline")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the loss or a gradient is not finite")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_saves_and_resume_goes_on(sent: signal.Signals, status: int, command: Command, tmp_path: Path) -> None:
     settings = [*QUICK, "trainer.epochs=200", "trainer.log_every=5"]
