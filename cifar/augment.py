@@ -26,6 +26,9 @@ Padding = Literal["constant", "reflect"]
 class Augment:
     """The transforms of one training batch; zeros and `None` switch them off, and with all off nothing is changed.
 
+    `flip="alternate"` mirrors an image in every other epoch, beginning by chance: as random as flipping each time by chance, but
+    over any two epochs it is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
+
     The order: policy, crop, rotation, flip, cutout, then mixup or CutMix. With both of these on, an image gets one or
     the other with equal chance. Labels come back as they are unless one of the two is on, which makes them
     probabilities.
@@ -36,14 +39,17 @@ class Augment:
     crop: NonNegativeInt = 0
     crop_mode: Padding = "constant"
     rotation: Degrees = 0.0
-    flip: Probability = 0.0
+    flip: Probability | Literal["alternate"] = 0.0
     cutout: NonNegativeInt = 0
     mixup: Alpha = 0.0
     cutmix: Alpha = 0.0
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, generator: Generator, turns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Augment `images` `(b, c, h, w)` with `labels` int64 `(b,)`.
 
+        `turns` int64 `(b,)` counts an image's epochs from 0 or 1, by chance: odd ones are flipped by `flip="alternate"`.
         Raises ValueError where the images are too small for `crop` or `cutout`.
         """
         side = min(images.shape[-2:])
@@ -55,7 +61,10 @@ class Augment:
             images = crop(images, generator, self.crop, self.crop_mode)
         if self.rotation:
             images = rotate(images, generator, self.rotation)
-        if self.flip:
+        if self.flip == "alternate":
+            assert turns is not None
+            images = torch.where(_per_image(turns % 2 == 1), images.flip(3), images)
+        elif self.flip:
             images = flip(images, generator, self.flip)
         if self.cutout:
             if self.cutout >= side:

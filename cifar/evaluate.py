@@ -57,12 +57,11 @@ class Network:
 
         from cifar.data.batches import Batches
         from cifar.data.dataset import Split
-        from cifar.trainer import infer
 
         split = Split(images, torch.empty(len(images), dtype=torch.int64)).to(self.trainer.torch_device)
         size = batch_size or self.trainer.eval_batch_size
         batches = Batches(split, self.normalize, size, memory_format=self.trainer.memory_format)
-        return infer(self.model, batches, self.trainer.autocast()).cpu()
+        return self.trainer.infer(self.model, batches).cpu()
 
 
 def load_network(folder: Path, device: str | None = None, which: str | None = None) -> Network:

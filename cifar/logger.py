@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, Protocol
 
 from cifar.run import Job, without_home
@@ -21,6 +23,23 @@ class Logger(Protocol):
 
     def log(self, row: dict[str, Any]) -> None:
         """Take one event: `epoch`, `step`, `seconds` and metrics."""
+
+
+def warm_up(target: str) -> None:
+    """Import W&B's client in the background, where the logger `target` is to use it: a second that the data's reading hides."""
+
+    def work() -> None:
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(0.0002)  # at the usual 5 ms, whoever lists a folder would wait so long at each file
+        try:
+            import wandb.sdk.launch  # which `init` imports
+
+            wandb.setup()
+        finally:
+            sys.setswitchinterval(interval)
+
+    if target == "cifar.logger.wandb":
+        Thread(target=work, daemon=True).start()
 
 
 class _Silent:

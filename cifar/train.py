@@ -52,7 +52,9 @@ def fit_and_test(
 
     from cifar import checkpoint
     from cifar.data.batches import Batches, Normalize
+    from cifar.logger import warm_up
 
+    warm_up(cfg.logger._target_)
     torch.manual_seed(cfg.seed)
     trainer = build(cfg.trainer)()
     device = trainer.torch_device
@@ -71,6 +73,8 @@ def fit_and_test(
 
     model = build(cfg.model)(data.image_shape, len(data.classes))
     model.to(device, memory_format=trainer.memory_format)
+    if hasattr(model, "initialize"):  # what a model's first weights take from the data
+        model.initialize(normalize(data.train.images[:5000]))
     loss = build(cfg.loss)
     optimizer = build(cfg.optimizer)(model.parameters())
     schedule = build(cfg.schedule)(trainer.epochs * len(training))

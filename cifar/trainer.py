@@ -18,6 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cifar.checkpoint import State, Window
 from cifar.data.batches import Batches
 from cifar.signals import Interrupted, Stop
+from cifar.tta import VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Trainer:
     checkpoint_every: PositiveInt | None = None
     keep_last: PositiveInt = 2
     eval_batch_size: PositiveInt = 500
+    tta: Literal["none", "flip", "flip_translate"] = "none"
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -200,13 +202,13 @@ class Trainer:
 
     def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
         """Return loss and accuracy on the validation split as `val/loss`, `val/accuracy`."""
-        logits = infer(state.evaluated, val, self.autocast())
+        logits = self.infer(state.evaluated, val)
         return {"val/loss": loss(logits, val.labels).item(), "val/accuracy": accuracy(logits, val.labels)}
 
     def test(self, state: State, loss: Loss, test: Batches, record: Record) -> None:
         """Record loss and accuracy on the test split, of all of it and of each class, as `test/...`; say them too."""
         clock = time.perf_counter()
-        logits = infer(state.evaluated, test, self.autocast())
+        logits = self.infer(state.evaluated, test)
         row = {"test/loss": loss(logits, test.labels).item(), "test/accuracy": accuracy(logits, test.labels)}
         log.info("accuracy on the %s test images: %.2f %%", f"{len(logits):,}", 100 * row["test/accuracy"])
         for label, name in enumerate(state.data["classes"]):
@@ -216,6 +218,13 @@ class Trainer:
                 log.info("accuracy for class %-12s %.1f %%", name, 100 * row[f"test/accuracy/{name}"])
         self._lap(state, "eval", clock)
         self._record(state, state.epoch, row, record)
+
+    @torch.inference_mode()
+    def infer(self, model: nn.Module, batches: Batches) -> Tensor:
+        """Return the logits, float32 (n, classes), of every image in the split's own order, in evaluation mode."""
+        model.eval()
+        with self.autocast():
+            return torch.cat([VIEWS[self.tta](model, images) for images in batches.in_order()]).float()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs at the chosen precision."""
@@ -280,14 +289,6 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set each group's learning rate to its initial one times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-
-
-@torch.inference_mode()
-def infer(model: nn.Module, batches: Batches, autocast: AbstractContextManager[Any] | None = None) -> Tensor:
-    """Return the logits, float32 (n, classes), of every image in the split's own order, in evaluation mode."""
-    model.eval()
-    with autocast or nullcontext():
-        return torch.cat([model(images) for images in batches.in_order()]).float()
 
 
 def any_not_finite(gradients: list[Tensor]) -> Tensor:

@@ -95,7 +95,7 @@ def test_losses_prefer_the_right_class(name: str) -> None:
 def test_augmentations_keep_shape_and_range(name: str) -> None:
     augment = build(composed(f"augment={name}").augment, 10)
     images, labels = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
-    out, targets = augment(images, labels, torch.Generator().manual_seed(0))
+    out, targets = augment(images, labels, torch.Generator().manual_seed(0), torch.arange(64))
     assert out.shape == images.shape
     assert out.min() >= 0
     assert out.max() <= 1

@@ -1,3 +1,6 @@
+import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -5,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar.optimizer import adam, adamw, sgd
+from cifar.optimizer import adam, adamw, muon, newton_schulz, sgd
 
 # ours, our arguments, torch's class, torch's arguments
 CASES: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, Any], Any, dict[str, Any]]] = {
@@ -55,7 +58,7 @@ def test_twenty_steps_are_torchs(case: str) -> None:
     build, arguments, plain, plain_arguments = CASES[case]
     ours, theirs = network(), network()
     optimizer = build(ours.parameters(), **arguments)
-    assert optimizer.__class__ == plain
+    assert isinstance(optimizer, plain)
     assert optimizer.defaults["fused"]
     got = train(ours, optimizer, 20)
     expected = train(theirs, plain(theirs.parameters(), **plain_arguments, foreach=False, fused=False), 20)
@@ -124,3 +127,101 @@ def test_whole_numbers_from_the_command_line_work(build: Callable[..., torch.opt
     optimizer.step()
     # Adam's first step is lr times the gradient's sign.
     torch.testing.assert_close(parameter.detach(), torch.full((2, 2), 0.5 if build is sgd else 0.0))
+
+
+def test_no_optimizer_imports_the_tracer() -> None:
+    code = """
+import sys, torch
+from cifar.optimizer import adamw, muon, sgd
+for build in (sgd, adamw, muon):
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = build([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 10), (3, 10, 6), (1, 8, 8)])
+def test_newton_schulz_keeps_directions_and_levels_singular_values(shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    levelled = u.mT @ newton_schulz(matrices, steps=5) @ vh.mT
+    values = levelled.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(levelled, torch.diag_embed(values), rtol=0, atol=1e-4)
+    assert (s.amax(1) / s.amin(1)).max() > 2  # they were not level before
+    assert 0.5 < values.min() < values.max() < 1.5
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_muon_is_its_formula(normalize: bool) -> None:
+    """Against the update of airbench94_muon written out, one matrix at a time; what is not hidden against torch's SGD."""
+    settings = {"lr": 0.1, "momentum": 0.6, "head_lr": 0.3, "bias_lr": 0.2, "sgd_momentum": 0.8, "sgd_decay": 0.01}
+    ours, theirs = network(), network()
+    got = train(ours, muon(ours.parameters(), normalize=normalize, **settings), 6)
+
+    filters, bias, scale, shift, head, head_bias = theirs.parameters()
+    plain = torch.optim.SGD(
+        [
+            {"params": [head], "lr": 0.3, "weight_decay": 0.01 / 0.3},
+            {"params": [bias, scale, shift, head_bias], "lr": 0.2, "weight_decay": 0.01 / 0.2},
+        ],
+        momentum=0.8,
+        nesterov=True,
+    )
+    buffer = torch.zeros_like(filters)
+
+    class Written(torch.optim.SGD):
+        def step(self) -> None:
+            buffer.mul_(0.6).add_(filters.grad)
+            update = (filters.grad + 0.6 * buffer).reshape(6, 75)
+            x = update / (update.norm() + 1e-7)
+            for _ in range(3):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            if normalize:
+                filters.data.mul_(6**0.5 / filters.data.norm())
+            filters.data.add_(x.view_as(filters), alpha=-0.1)
+            plain.step()
+
+    torch.testing.assert_close(got, train(theirs, Written(theirs.parameters(), lr=0.0), 6), rtol=1e-4, atol=1e-5)
+
+
+def test_muons_equal_shapes_do_not_mix() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    together = [nn.Parameter(value.clone()) for value in start]
+    optimizer = muon([*together, nn.Parameter(torch.ones(1, 1))])
+    for parameter, gradient in zip(together, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    for parameter, value, gradient in zip(together, start, gradients, strict=True):
+        alone = nn.Parameter(value.clone())
+        alone.grad = gradient.clone()
+        muon([alone, nn.Parameter(torch.ones(1, 1))]).step()
+        torch.testing.assert_close(parameter, alone)
+
+
+def test_muon_leaves_alone_what_is_not_trained() -> None:
+    fixed, hidden, head = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    fixed.requires_grad = False
+    groups = muon([fixed, hidden, head]).param_groups
+    assert [group["params"] for group in groups] == [[hidden], [head]]
+    with pytest.raises(ValueError, match=r"^optimizer=muon: "):
+        muon([nn.Parameter(torch.ones(2))])
+
+
+def test_muons_state_goes_on() -> None:
+    whole = network()
+    train(whole, optimizer := muon(whole.parameters(), lr=0.1), 3)
+    halfway, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(whole.state_dict())
+    expected = train(whole, optimizer, 3)
+    other = network()
+    other.load_state_dict(weights)
+    resumed = muon(other.parameters(), lr=0.1)
+    resumed.load_state_dict(halfway)
+    torch.testing.assert_close(train(other, resumed, 3), expected, rtol=0, atol=0)

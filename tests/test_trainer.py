@@ -14,7 +14,7 @@ from cifar.data.dataset import Split
 from cifar.loss import cross_entropy
 from cifar.models.mlp import MLP
 from cifar.models.net import Net
-from cifar.trainer import NonFiniteError, Trainer, accuracy, count_correct, infer, pick_device
+from cifar.trainer import NonFiniteError, Trainer, accuracy, count_correct, pick_device
 
 CLASSES = [str(label) for label in range(10)]
 
@@ -237,14 +237,14 @@ def test_channels_last_computes_the_same() -> None:
     model = Net((3, 32, 32), 10).to(memory_format=trainer.memory_format)
     laid_out = batches(split, memory_format=trainer.memory_format)
     assert next(iter(laid_out.epoch(0)))[0].is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(infer(model, laid_out), infer(model, batches(split)))
+    torch.testing.assert_close(trainer.infer(model, laid_out), Trainer(device="cpu").infer(model, batches(split)))
 
 
 def test_infer_is_in_the_splits_order_and_in_evaluation_mode() -> None:
     split = images(20, 8)
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
     model.train()
-    logits = infer(model, batches(split))
+    logits = Trainer(device="cpu").infer(model, batches(split))
     expected = model[2](((split.images.float() / 255 - 0.5) / 0.5).flatten(1))
     torch.testing.assert_close(logits, expected.detach())
 
@@ -369,12 +369,12 @@ def test_other_kernels_compute_the_same() -> None:
     split = images(8)
     torch.manual_seed(0)
     model = Net((3, 32, 32), 10)
-    Trainer(device="cpu", onednn=False)
+    trainer = Trainer(device="cpu", onednn=False)
     assert not torch.backends.mkldnn.enabled
-    plain = infer(model, batches(split))
-    Trainer(device="cpu")
+    plain = trainer.infer(model, batches(split))
+    trainer = Trainer(device="cpu")
     assert torch.backends.mkldnn.enabled
-    torch.testing.assert_close(infer(model, batches(split)), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(trainer.infer(model, batches(split)), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_threads_are_set() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cifar.data.dataset import Split
 
-Augmentation = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+Augmentation = Callable[[Tensor, Tensor, torch.Generator, Tensor], tuple[Tensor, Tensor]]
 
 # Small batches are prepared this many images at a time: at batch 4, indexing, scaling and augmenting step by step would be
 # a dozen calls of a few microseconds each.
@@ -54,6 +54,8 @@ class Batches:
         self.augment = augment
         self.used = len(split) // batch_size * batch_size if drop_last else len(split)
         self.memory_format = memory_format
+        first_turn = torch.randint(2, self.labels.shape, generator=self._generator("cpu", "turn"))
+        self.first_turn = first_turn.to(self.images.device)
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -96,7 +98,9 @@ class Batches:
         images, targets = self.images.index_select(0, index), self.labels.index_select(0, index)
         if self.augment is not None:
             generator = self._generator(images.device, "augment", epoch, first)
-            images, targets = self.augment(images.to(torch.float32).div_(255), targets, generator)
+            images, targets = self.augment(
+                images.to(torch.float32).div_(255), targets, generator, self.first_turn.index_select(0, index) + epoch
+            )
         return self.normalize(images).contiguous(memory_format=self.memory_format), targets
 
     def _generator(self, device: torch.device | str, *key: str | int) -> torch.Generator:

@@ -32,7 +32,7 @@ class Split:
 
     def take(self, index: Tensor) -> "Split":
         """The images at `index`, int64 `(m,)`, in that order."""
-        return Split(self.images[index], self.labels[index])
+        return Split(self.images.index_select(0, index), self.labels.index_select(0, index))
 
 
 @dataclass(frozen=True)

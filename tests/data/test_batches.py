@@ -3,6 +3,7 @@ import torch
 from torchvision.transforms import Normalize as TorchvisionNormalize
 from torchvision.transforms.functional import to_tensor
 
+from cifar.augment import Augment
 from cifar.data import batches as module
 from cifar.data.batches import Batches, Normalize
 from cifar.data.dataset import Split
@@ -63,7 +64,7 @@ def test_an_epoch_goes_on_where_it_stopped(start: int, chunk: int, monkeypatch: 
     monkeypatch.setattr(module, "CHUNK", chunk)
 
     def noise(
-        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, turns: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return images + torch.rand(images.shape, generator=generator), labels
 
@@ -81,7 +82,7 @@ def test_augmentation_draws_anew_each_epoch_and_chunk(monkeypatch: pytest.Monkey
     draws = []
 
     def augment(
-        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, turns: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert images.dtype == torch.float32
         assert images.min() >= 0
@@ -106,3 +107,19 @@ def test_in_order_is_the_splits_order() -> None:
     assert [number for images in Batches(split(50), NORMALIZE, 8).in_order() for number in held(images)] == list(
         range(50)
     )
+
+
+def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs() -> None:
+    images = torch.zeros(40, 3, 4, 4, dtype=torch.uint8)
+    images[:, :, 0, 0] = torch.arange(1, 41, dtype=torch.uint8)[:, None]  # its number in the upper left corner
+    plain = Normalize((0.0,) * 3, (1.0,) * 3)
+    training = Batches(Split(images, torch.arange(40)), plain, 8, seed=3, augment=Augment(10, flip="alternate"))
+    flipped = {}
+    for epoch in range(3):
+        for batch, labels in training.epoch(epoch):
+            for image, number in zip(batch, labels.tolist(), strict=True):
+                flipped[epoch, number] = bool(image[0, 0, 3] > 0)
+                assert image[0, 0, 3 if flipped[epoch, number] else 0] == pytest.approx((number + 1) / 255)
+    first = [flipped[0, number] for number in range(40)]
+    assert 5 < sum(first) < 35
+    assert first == [not flipped[1, number] for number in range(40)] == [flipped[2, number] for number in range(40)]
