@@ -78,9 +78,10 @@ class Muon(SGD):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["inner_momentum"])
         torch._foreach_add_(buffers, updates)
-        updates = (
-            torch._foreach_add(updates, buffers, alpha=group["inner_momentum"]) if group["inner_nesterov"] else buffers
-        )
+        if group["inner_nesterov"]:
+            updates = list(torch._foreach_add(updates, buffers, alpha=group["inner_momentum"]))
+        else:
+            updates = buffers
         if group["normalize"]:
             norms = torch._foreach_norm(params)
             torch._foreach_mul_(params, [len(p) ** 0.5 / norm for p, norm in zip(params, norms, strict=True)])
