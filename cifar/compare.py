@@ -19,6 +19,7 @@ from cifar.comparison import TEST, VAL, Comparison, compare, mean_std, percent, 
 from cifar.errors import reported
 
 ENDLESS = 10_000  # characters in a line
+SENTENCES = 3  # said below the table of groups, about those next to the best; --json and the page have all
 
 
 def print_csv(comparison: Comparison, file: IO[str] | None = None) -> None:
@@ -42,7 +43,10 @@ def print_csv(comparison: Comparison, file: IO[str] | None = None) -> None:
 
 
 def print_table(comparison: Comparison, file: IO[str] | None = None) -> None:
-    """Print the comparison for people: the runs, why some have no rank, and, where seeds vary, mean and deviation."""
+    """Print the comparison for people: the runs, why some have no rank, and, where seeds vary, whether it is luck.
+
+    `p` there is that of the test against the best group, corrected for the number of tests.
+    """
     console = Console(file=file, markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = ENDLESS  # a file or a pipe has no width to fit into
@@ -72,10 +76,16 @@ def print_table(comparison: Comparison, file: IO[str] | None = None) -> None:
         columns = [
             *settings,
             ("best val acc", [_spread([run.best_val for run in group.runs]) for group in groups]),
+            ("95 % interval", [_interval(group.interval) for group in groups]),
             ("test acc", [_spread([run.metrics.get(TEST) for run in group.runs]) for group in groups]),
             ("n", [str(len(group.runs)) for group in groups]),
+            ("lost", [str(group.lost or "") for group in groups]),
+            ("p", ["", *(_p_value(versus.difference.p_holm) for versus in comparison.versus)]),
         ]
+        columns[-1][1].extend([""] * (len(groups) - len(columns[-1][1])))  # groups of the other metric are not tested
         _print_columns(console, columns, left=set(shown.values()))
+        for versus in comparison.versus[:SENTENCES]:
+            console.print(versus.sentence, soft_wrap=True)
 
 
 def cli() -> None:
@@ -103,6 +113,14 @@ def _spread(values: list[float | None]) -> str:
         return ""
     mean, std = mean_std(present)
     return percent(mean) if std is None else f"{100 * mean:.2f} ± {percent(std)}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{100 * interval[0]:.2f} to {percent(interval[1])}"
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else f"{p:.2g}"
 
 
 def _print_columns(console: Console, columns: list[tuple[str, list[str]]], left: set[str]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cifar.config import flatten
 from cifar.run import Run, find_runs
+from cifar.significance import LEVEL, NO_SPREAD, Difference, Sample, differences_from_first, mean_interval
 
 VAL, TEST = "val/accuracy", "test/accuracy"
 NAMES = {VAL: "best validation accuracy", TEST: "test accuracy"}
@@ -55,12 +56,31 @@ class Entry:
 
 @dataclass
 class Group:
-    """Finished runs that differ in nothing but the seed; `mean` and `std` (of the sample) are of their ranking metric."""
+    """Finished runs that differ in nothing but the seed; `mean` and `std` (of the sample) are of their ranking metric.
+
+    `interval` is the mean's 95 % confidence interval; `lost` counts the group's runs that did not finish.
+    """
 
     runs: list[Entry]
     metric: str
     mean: float
     std: float | None
+    interval: tuple[float, float] | None
+    lost: int
+
+    @property
+    def values(self) -> list[float]:
+        """The runs' results."""
+        return [run.score[1] for run in self.runs if run.score]
+
+
+@dataclass
+class Versus:
+    """The best group held against another one, in figures and in a sentence."""
+
+    other: Group
+    difference: Difference
+    sentence: str
 
 
 @dataclass
@@ -69,6 +89,8 @@ class Comparison:
 
     `varying` are the dotted keys of the settings that are not the same in all runs; `columns` maps those that a reader
     needs to short names: what a component brings with it (`betas` where Adam meets SGD) only if it varies within it.
+    `versus` holds the best group against each other one of its metric, where any group has more than one seed; `tests` is
+    the number of tests that the p-values are corrected for.
     """
 
     runs: list[Entry]
@@ -76,6 +98,8 @@ class Comparison:
     ranked_by: str | None
     varying: list[str]
     columns: dict[str, str]
+    versus: list[Versus]
+    tests: int
 
     @property
     def ranks(self) -> list[int | None]:
@@ -131,11 +155,15 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
         run.name = name
     told = [key for key in varying if not _implied(key, runs, components.intersection(varying))]
     columns = dict(zip(told, _short([key.split(".") for key in told], "."), strict=True))
-    return Comparison(runs, groups, ranked_by, varying, columns)
+    versus, tests = _held_against_best(groups, {key: name for key, name in columns.items() if key != "seed"})
+    return Comparison(runs, groups, ranked_by, varying, columns, versus, tests)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """Return the comparison as JSON's types. A group has the settings that vary, but for the seed."""
+    """Return the comparison as JSON's types. A group has the settings that vary, but for the seed.
+
+    `differences` are of the best group's mean from each other group's (`from`), with Holm's correction for `tests` tests.
+    """
     varying = comparison.varying
     return {
         "ranked_by": comparison.ranked_by,
@@ -160,9 +188,25 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
                 "metric": group.metric,
                 "mean": group.mean,
                 "std": group.std,
+                "interval": group.interval and [*group.interval],
+                "lost": group.lost,
             }
             for group in comparison.groups
         ],
+        "differences": [
+            {
+                "from": _settings(versus.other.runs[0], [key for key in varying if key != "seed"]),
+                "difference": versus.difference.mean,
+                "interval": versus.difference.interval and [*versus.difference.interval],
+                "n": [*versus.difference.n],
+                "test": versus.difference.test,
+                "p": versus.difference.p,
+                "p_holm": versus.difference.p_holm,
+                "sentence": versus.sentence,
+            }
+            for versus in comparison.versus
+        ],
+        "tests": comparison.tests,
     }
 
 
@@ -252,20 +296,63 @@ def _order(run: Entry) -> tuple[int, float]:
 def _groups(runs: list[Entry], varying: list[str]) -> list[Group]:
     keys = [key for key in varying if key != "seed"]
     together: list[tuple[list[Any], list[Entry]]] = []  # values may be lists, so no dictionary
+    lost: list[list[Any]] = []
     for run in runs:
-        if run.score is None or run.settings is None:
+        values = [run.setting(key) for key in keys]
+        if run.settings is None:
             continue
-        values = [run.score[0], *map(run.setting, keys)]
-        members = next((members for other, members in together if other == values), None)
+        if run.score is None:
+            lost.append(values)
+            continue
+        members = next((members for other, members in together if other == [run.score[0], *values]), None)
         if members is None:
-            together.append((values, [run]))
+            together.append(([run.score[0], *values], [run]))
         else:
             members.append(run)
-    groups = [
-        Group(members, values[0], *mean_std([run.score[1] for run in members if run.score]))
-        for values, members in together
-    ]
+    groups = []
+    for (metric, *values), members in together:
+        results = [run.score[1] for run in members if run.score]
+        interval = mean_interval(results) if len(results) > 1 else None
+        groups.append(Group(members, metric, *mean_std(results), interval, lost.count(values)))
     return sorted(groups, key=lambda group: (group.metric == TEST, -group.mean))
+
+
+def _held_against_best(groups: list[Group], columns: dict[str, str]) -> tuple[list[Versus], int]:
+    """Return the best group against each other one of its metric, and the number of tests; none where no seed varies."""
+    groups = [group for group in groups if group.metric == groups[0].metric]
+    if len(groups) < 2 or all(len(group.runs) == 1 for group in groups):
+        return [], 0
+    samples = [Sample([run.seed for run in group.runs], group.values) for group in groups]
+    differences, tests = differences_from_first(samples)
+    return [
+        Versus(other, difference, _sentence(groups[0], other, difference, tests, columns))
+        for other, difference in zip(groups[1:], differences, strict=True)
+    ], tests
+
+
+def _sentence(best: Group, other: Group, difference: Difference, tests: int, columns: dict[str, str]) -> str:
+    """Say "lr 0.03 beats 0.01 by 0.8 points, 95 % interval 0.3 to 1.3, n = 5 (...)", or why that can't be said."""
+    one, two = best.runs[0], other.runs[0]
+    differing = [key for key in columns if one.setting(key) != two.setting(key)]
+    ours = [f"{columns[key]} {text(one.setting(key)) or 'none'}" for key in differing]
+    # Where one setting differs its name is said once.
+    theirs = [
+        f"{columns[key] + ' ' if len(differing) > 1 else ''}{text(two.setting(key)) or 'none'}" for key in differing
+    ]
+    sure = difference.p_holm is not None and difference.p_holm < 1 - LEVEL
+    verb = "beats" if sure else "is ahead of"
+    said = f"{', '.join(ours)} {verb} {', '.join(theirs)} by {100 * difference.mean:.1f} points"
+    if difference.mean < NO_SPREAD:
+        said = f"{', '.join(ours)} is level with {', '.join(theirs)}"
+    if difference.interval is None or difference.p_holm is None:
+        return f"{said}: {difference.why}"
+    low, high = (f"{100 * end:.1f}".replace("-", "−") for end in difference.interval)
+    n = " and ".join(map(str, dict.fromkeys(difference.n)))
+    counted = f"Holm's correction for {tests} test{'s' * (tests > 1)}"
+    return (
+        f"{said}{'' if sure else ', which may be luck'}, {100 * LEVEL:.0f} % interval {low} to {high}, n = {n} "
+        f"({difference.test}, p = {difference.p_holm:.2g} after {counted})"
+    )
 
 
 def _settings(run: Entry, keys: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 import yaml
 from rich.console import Console
 
@@ -114,6 +115,8 @@ def test_json(tmp_path: Path) -> None:
                 "metric": "val/accuracy",
                 "mean": 0.75,
                 "std": None,
+                "interval": None,
+                "lost": 0,
             },
             {
                 "settings": {"optimizer.lr": 0.1, "data.batch_size": 128},
@@ -123,8 +126,12 @@ def test_json(tmp_path: Path) -> None:
                 "metric": "val/accuracy",
                 "mean": 0.5,
                 "std": None,
+                "interval": None,
+                "lost": 0,
             },
         ],
+        "differences": [],
+        "tests": 0,
     }
 
 
@@ -297,6 +304,11 @@ def test_groups_over_seeds(tmp_path: Path) -> None:
             job += 1
     make(tmp_path / "6", settings(seed=3, optimizer__lr=0.01), status="failed", error="E", metrics={})
     make(tmp_path / "7", settings(seed=0, optimizer__lr=1.0), val=0.1, test=0.1)
+
+    def interval(values: list[float]) -> tuple[float, float]:
+        half = 4.302652729696142 * statistics.stdev(values) / 3**0.5  # Student's t, two degrees of freedom, 97.5 %
+        return statistics.mean(values) - half, statistics.mean(values) + half
+
     groups = to_json(compare([tmp_path]))["groups"]
     assert groups == [
         {
@@ -307,8 +319,10 @@ def test_groups_over_seeds(tmp_path: Path) -> None:
             "metric": "val/accuracy",
             "mean": pytest.approx(statistics.mean(vals[lr]), abs=1e-15),
             "std": pytest.approx(statistics.stdev(vals[lr]), abs=1e-15),
+            "interval": pytest.approx([*interval(vals[lr])], abs=1e-12),
+            "lost": lost,
         }
-        for lr, jobs in ((0.01, (3, 4, 5)), (0.1, (0, 1, 2)))
+        for lr, jobs, lost in ((0.01, (3, 4, 5), 1), (0.1, (0, 1, 2), 0))
     ] + [
         {
             "settings": {"optimizer.lr": 1.0},
@@ -318,6 +332,8 @@ def test_groups_over_seeds(tmp_path: Path) -> None:
             "metric": "val/accuracy",
             "mean": 0.1,
             "std": None,
+            "interval": None,
+            "lost": 0,
         }
     ]
 
@@ -327,13 +343,64 @@ def test_groups_over_seeds(tmp_path: Path) -> None:
     lines = table(tmp_path)
     assert lines[1][:4] == ["rank", "job", "seed", "lr"]
     assert lines[3][:4] == ["1", "5", "2", "0.01"]
-    assert lines[-6:] == [
+    low, high = (f"{100 * end:.2f}" for end in interval(vals[0.01]))
+    low_2, high_2 = (f"{100 * end:.2f}" for end in interval(vals[0.1]))
+    assert lines[-8:] == [
         ["Mean ± standard deviation over seeds"],
-        ["lr", "best val acc", "test acc", "n"],
-        lines[-4],
-        ["0.01", spread(vals[0.01]), spread(tests[0.01]), "3"],
-        ["0.1", spread(vals[0.1]), spread(tests[0.1]), "3"],
+        ["lr", "best val acc", "95 % interval", "test acc", "n", "lost", "p"],
+        lines[-6],
+        ["0.01", spread(vals[0.01]), f"{low} to {high}%", spread(tests[0.01]), "3", "1"],
+        ["0.1", spread(vals[0.1]), f"{low_2} to {high_2}%", spread(tests[0.1]), "3", "0.55"],
         ["1.0", "10.00%", "10.00%", "1"],
+        # By seed: 0.2, -0.2, 0.35. Mean 0.11667, standard deviation 0.28431; t = 0.71076 with 2 degrees of freedom.
+        [
+            "lr 0.01 is ahead of 0.1 by 11.7 points, which may be luck, 95 % interval −59.0 to 82.3, n = 3 "
+            "(paired t-test, p = 0.55 after Holm's correction for 1 test)"
+        ],
+        ["lr 0.01 is ahead of 1.0 by 56.7 points: n = 1 is too few for an interval"],
+    ]
+
+
+def test_a_difference_beyond_luck_is_told_and_others_are_not(tmp_path: Path) -> None:
+    # 0.03 is 0.8 points above 0.01 on average, by seed; 0.1 lacks a seed, so it is not paired.
+    vals = {0.01: [0.70, 0.72, 0.71, 0.69, 0.73], 0.03: [0.709, 0.728, 0.717, 0.698, 0.738], 0.1: [0.5, 0.6, 0.55, 0.4]}
+    for lr, values in vals.items():
+        for seed, val in reversed([*enumerate(values)]):  # in whatever order they were run
+            make(tmp_path / f"{lr}-{seed}", settings(seed=seed, optimizer__lr=lr), val=val)
+    document = to_json(compare([tmp_path]))
+    paired = scipy.stats.ttest_rel(vals[0.03], vals[0.01])
+    welch = [scipy.stats.ttest_ind(vals[lr], vals[0.1], equal_var=False) for lr in (0.03, 0.01)]
+    assert paired.pvalue < welch[0].pvalue < welch[1].pvalue
+    assert document["tests"] == 3
+    assert document["differences"] == [
+        {
+            "from": {"optimizer.lr": lr},
+            "difference": pytest.approx(statistics.mean(vals[0.03]) - statistics.mean(vals[lr])),
+            "interval": pytest.approx([*result.confidence_interval(0.95)]),
+            "n": [5, len(vals[lr])],
+            "test": test,
+            "p": pytest.approx(result.pvalue),
+            "p_holm": pytest.approx(p_holm),
+            "sentence": sentence,
+        }
+        for lr, test, result, p_holm, sentence in [
+            (
+                0.01,
+                "paired t-test",
+                paired,
+                3 * paired.pvalue,
+                "lr 0.03 beats 0.01 by 0.8 points, 95 % interval 0.7 to 0.9, n = 5 "
+                "(paired t-test, p = 4.3e-05 after Holm's correction for 3 tests)",
+            ),
+            (
+                0.1,
+                "Welch's t-test",
+                welch[0],
+                2 * welch[0].pvalue,
+                "lr 0.03 beats 0.1 by 20.5 points, 95 % interval 7.2 to 33.9, n = 5 and 4 "
+                "(Welch's t-test, p = 0.031 after Holm's correction for 3 tests)",
+            ),
+        ]
     ]
 
 
