@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import sys
+from pathlib import Path
 from typing import IO, Any, Literal
 
 from rich.box import SIMPLE
@@ -95,6 +96,7 @@ def cli() -> None:
     formats = parser.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="print JSON")
     formats.add_argument("--csv", action="store_true", help="print comma-separated values")
+    formats.add_argument("--html", metavar="FILE", type=Path, help="write a page with plots to open in a browser")
     arguments = parser.parse_args()
     with reported():
         comparison = compare(arguments.paths)
@@ -102,6 +104,10 @@ def cli() -> None:
             print(json.dumps(to_json(comparison), indent=2, default=str))
         elif arguments.csv:
             print_csv(comparison)
+        elif arguments.html:
+            from cifar.report import write_report
+
+            print(write_report(comparison, arguments.html))
         else:
             print_table(comparison)
         sys.stdout.flush()  # so that a reader who has gone is noticed here

@@ -34,6 +34,8 @@ class Entry:
     best: dict[str, Any] | None
     seconds: float | None
     seed: int | None
+    epochs: int | None
+    commit: str | None  # of the code; with a + where it had been changed since
     name: str = ""  # the shortest end of `dir` that no other run's has
 
     @property
@@ -249,6 +251,8 @@ def _read(run: Run) -> Entry:
     seconds = (result.get("seconds") or {}).get("total")
     if result["status"] != "failed" and "seconds" in last:
         seconds = last["seconds"]
+    environment = result.get("environment") or {}
+    commit = environment.get("git_commit")
     validated = [row for row in rows if row.get(VAL) is not None]
     if validated and not result["best"]:
         top = max(validated, key=lambda row: row[VAL])
@@ -262,6 +266,8 @@ def _read(run: Run) -> Entry:
         best=result["best"],
         seconds=seconds,
         seed=result["seed"] if result["seed"] is not None else (settings or {}).get("seed"),
+        epochs=last.get("epoch", result.get("epochs")),
+        commit=commit and f"{str(commit)[:8]}{'+' * bool(environment.get('git_dirty'))}",
     )
 
 

@@ -179,6 +179,18 @@ class Run:
         except FileNotFoundError:
             raise RunError(f"{self.dir}: not a run's folder (no .hydra/overrides.yaml in it)") from None
 
+    def replayed(self) -> list[str]:
+        """Return the overrides that say what is trained: not where, from which checkpoint or in which search.
+
+        What Hydra itself is told (callbacks, logging, ...) is the user's to say, not a folder's that may come from elsewhere.
+        """
+        where = ("resume", "hparams_search")
+        return [
+            item
+            for item in self.overrides()
+            if not (key := override_key(item)).startswith("hydra") and key not in where
+        ]
+
     def result(self) -> dict[str, Any] | None:
         """Return `result.json`, or None where there is none."""
         path = self.dir / "result.json"
@@ -249,6 +261,11 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         for folder in found:
             runs.setdefault(folder.resolve(), Run(folder))
     return list(runs.values())
+
+
+def override_key(override: str) -> str:
+    """Return what an override of the command line sets: `optimizer.lr` of `+optimizer.lr=0.1`."""
+    return override.lstrip("+~").partition("=")[0].partition("@")[0]
 
 
 def relative(folder: str | Path) -> Path:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
-from cifar.run import Run, RunError, find_runs, relative, without_home
+from cifar.run import Run, RunError, find_runs, override_key, relative, without_home
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def refuse_targets_for_hydra(arguments: list[str]) -> None:
     Launchers and sweepers are chosen as a group, `hydra/launcher=joblib`, among those installed.
     """
     for argument in arguments:
-        key = _key(argument)
+        key = override_key(argument)
         if re.match(r"hydra[./]", key) and (
             key.startswith("hydra.callbacks")
             or re.search(r"_target_|\.class$|\(\)|logging\.(handlers|formatters|filters)", argument)
@@ -99,9 +99,8 @@ def arguments_of_resumed_run(arguments: list[str]) -> list[str]:
         raise RunError(
             f"resume={folder} goes on with one run; to go on with a sweep, repeat it with hydra.sweep.dir=<its folder>"
         )
-    replaced = {_key(argument) for argument in given} | {"resume", "hparams_search"}
-    # What Hydra itself is told (callbacks, logging, ...) is the user's to say, not a folder's that may come from elsewhere.
-    recorded = [item for item in run.overrides() if _key(item) not in replaced and not _key(item).startswith("hydra")]
+    replaced = {override_key(argument) for argument in given}
+    recorded = [item for item in run.replayed() if override_key(item) not in replaced]
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
     return [*recorded, *given, "resume=auto", f"hydra.run.dir='{quoted}'", "hydra.mode=RUN"]
 
@@ -134,6 +133,7 @@ def summarize() -> bool | None:
     if folder is None or not folder.is_dir():
         return None
     from cifar.compare import compare, print_table
+    from cifar.report import write_report
 
     if Callbacks.jobs_are_children:
         # submitit's launcher gives up at the first job that was killed, while others are still at work.
@@ -146,7 +146,12 @@ def summarize() -> bool | None:
         runs = find_runs([folder])
     except RunError:  # stopped before the first job began
         return False
-    print_table(compare([folder]))
+    comparison = compare([folder])
+    print_table(comparison)
+    try:
+        print(f"report: {write_report(comparison, folder / 'report.html')}")
+    except OSError as error:  # a full disk, say: the runs are there all the same
+        print(f"no report: {one_line(error)}", file=sys.stderr)
     failed = []
     offline = False
     for run in runs:
@@ -164,7 +169,3 @@ def summarize() -> bool | None:
 
         print(f"W&B: offline; to upload the whole sweep: {sync_command(folder)}")
     return not failed
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0].partition("@")[0]

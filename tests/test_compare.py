@@ -306,7 +306,7 @@ def test_groups_over_seeds(tmp_path: Path) -> None:
     make(tmp_path / "7", settings(seed=0, optimizer__lr=1.0), val=0.1, test=0.1)
 
     def interval(values: list[float]) -> tuple[float, float]:
-        half = 4.302652729696142 * statistics.stdev(values) / 3**0.5  # Student's t, two degrees of freedom, 97.5 %
+        half = 4.302652729749464 * statistics.stdev(values) / 3**0.5  # Student's t, two degrees of freedom, 97.5 %
         return statistics.mean(values) - half, statistics.mean(values) + half
 
     groups = to_json(compare([tmp_path]))["groups"]
