@@ -345,11 +345,15 @@ def _sentence(best: Group, other: Group, difference: Difference, tests: int, col
     theirs = [
         f"{columns[key] + ' ' if len(differing) > 1 else ''}{text(two.setting(key)) or 'none'}" for key in differing
     ]
+    shared = ", ".join(
+        f"{name} {text(one.setting(key)) or 'none'}" for key, name in columns.items() if key not in differing
+    )
     sure = difference.p_holm is not None and difference.p_holm < 1 - LEVEL
+    where = f"with {shared}, " if shared else ""
     verb = "beats" if sure else "is ahead of"
-    said = f"{', '.join(ours)} {verb} {', '.join(theirs)} by {100 * difference.mean:.1f} points"
+    said = f"{where}{', '.join(ours)} {verb} {', '.join(theirs)} by {100 * difference.mean:.1f} points"
     if difference.mean < NO_SPREAD:
-        said = f"{', '.join(ours)} is level with {', '.join(theirs)}"
+        said = f"{where}{', '.join(ours)} is level with {', '.join(theirs)}"
     if difference.interval is None or difference.p_holm is None:
         return f"{said}: {difference.why}"
     low, high = (f"{100 * end:.1f}".replace("-", "−") for end in difference.interval)

@@ -28,7 +28,7 @@ from cifar.comparison import NAMES, TEST, VAL, Comparison, Entry, percent, text,
 from cifar.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
-POINTS = 200  # of a curve; of a longer one, as many evenly spaced
+POINTS = 40_000  # of one metric's curves together; of longer ones, some evenly spaced
 NOISE = ("images_per_second",)  # metrics of the machine, not of what was trained
 MEANS = 30  # groups in the plot of means
 
@@ -138,7 +138,7 @@ def luck(comparison: Comparison) -> Section | None:
             "error_x": {"type": "data", "array": half},
         }
         layout = {
-            "xaxis": {"title": {"text": "mean and its 95 % interval, in percent"}},
+            "xaxis": {"title": {"text": "mean and its 95 % interval, %"}},
             "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
         }
         plot = figure([means], layout, height=90 + 28 * len(groups[top]))
@@ -225,7 +225,8 @@ def _document(comparison: Comparison) -> Any:
 def _page(comparison: Comparison) -> Any:
     """Return what else the plots need: names, each run's group, and the curves."""
     positions = {id(run): position for position, group in enumerate(comparison.groups) for run in group.runs}
-    logged = [_curves(run) for run in comparison.runs]
+    points = min(max(POINTS // len(comparison.runs), 50), 400)
+    logged = [_curves(run, points) for run in comparison.runs]
     return _finite(
         {
             "columns": comparison.columns,
@@ -239,8 +240,8 @@ def _page(comparison: Comparison) -> Any:
     )
 
 
-def _curves(run: Entry) -> tuple[float, dict[str, list[list[float]]]]:
-    """Return the steps of an epoch, and {metric: [steps, values]}, of what was logged along the way."""
+def _curves(run: Entry, limit: int) -> tuple[float, dict[str, list[list[float]]]]:
+    """Return the steps of an epoch, and {metric: [steps, values]} of what was logged, at most `limit` points of each."""
     try:
         rows = [row for row in Run(run.dir).rows() if isinstance(row.get("step"), int)]
     except ValueError:
@@ -253,7 +254,7 @@ def _curves(run: Entry) -> tuple[float, dict[str, list[list[float]]]]:
             continue
         points = [(row["step"], value) for row in rows if isinstance(value := row.get(metric), int | float)]
         kept = [
-            points[i] for i in np.unique(np.linspace(0, len(points) - 1, min(len(points), POINTS)).round().astype(int))
+            points[i] for i in np.unique(np.linspace(0, len(points) - 1, min(len(points), limit)).round().astype(int))
         ]
         if kept:
             found[metric] = [[step for step, _ in kept], [float(f"{value:.5g}") for _, value in kept]]

@@ -26,6 +26,7 @@ def test_a_wheel_installs_and_runs_from_another_folder(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("cifar-*.whl")
     packed = {name.removeprefix("cifar/") for name in zipfile.ZipFile(wheel).namelist()}
     assert {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "conf").rglob("*.yaml")} <= packed
+    assert {f"templates/{path.name}" for path in (REPOSITORY / "cifar" / "templates").iterdir()} <= packed
 
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True, timeout=200)

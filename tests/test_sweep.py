@@ -91,6 +91,8 @@ def test_failures_do_not_stop_the_others(command: Command, tmp_path: Path) -> No
     statuses = [json.loads((tmp_path / "sweep" / str(job) / "result.json").read_text())["status"] for job in range(6)]
     assert statuses == ["finished", "failed", "failed", "failed", "finished", "failed"]
     assert "6 runs, ranked by best validation accuracy" in done.stdout
+    assert "report: sweep/report.html\n" in done.stdout
+    assert "data.batch_size=5000" in (tmp_path / "sweep" / "report.html").read_text()
     for told in (
         "sweep/2: failed",
         "optimizer.lr=-1: must be greater than or equal to 0",

@@ -6,7 +6,9 @@ const read = (node) => JSON.parse(node.textContent);
 const { runs } = read(element("comparison"));
 const page = read(element("page"));
 const COLOURS = ["#4269d0", "#efb118", "#ff725c", "#3ca951", "#a463f2", "#6cc5b0", "#ff8ab7", "#9c6b4e", "#97bbf5", "#9498a0"];
+// Viridis, the end that stands out from the background being the better one.
 const VIRIDIS = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725"];
+const shades = () => (dark.matches ? VIRIDIS.slice(1) : VIRIDIS.slice(0, -1).reverse());
 // Plotly takes some tags in labels for formatting; whatever a run's settings hold is shown as it is.
 const plain = (value) => String(value).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const shown = (value) => (value === null || value === undefined ? "none" : typeof value === "string" ? value : JSON.stringify(value));
@@ -90,13 +92,15 @@ function dimension(key, among) {
 const tidy = (value) => (typeof value === "number" ? String(Number(value.toPrecision(4))) : shown(value));
 
 function colourOf(share) {
-  const place = Math.min(Math.max(share, 0), 1) * (VIRIDIS.length - 1);
-  const low = Math.min(Math.floor(place), VIRIDIS.length - 2);
-  const mix = (from) => Math.round(parseInt(VIRIDIS[low].slice(from, from + 2), 16) * (low + 1 - place) + parseInt(VIRIDIS[low + 1].slice(from, from + 2), 16) * (place - low));
+  const stops = shades();
+  const place = share * (stops.length - 1);
+  const low = Math.min(Math.floor(place), stops.length - 2);
+  const channel = (stop, from) => parseInt(stops[stop].slice(from, from + 2), 16);
+  const mix = (from) => Math.round(channel(low, from) * (low + 1 - place) + channel(low + 1, from) * (place - low));
   return `rgb(${mix(1)},${mix(3)},${mix(5)})`;
 }
 
-const scale = VIRIDIS.map((colour, position) => [position / (VIRIDIS.length - 1), colour]);
+const scale = () => shades().map((colour, position, { length }) => [position / (length - 1), colour]);
 
 // Learning curves.
 function smooth(values, weight) {
@@ -221,7 +225,7 @@ function drawPlane() {
   const axis = ({ name, log, numeric }, categories) =>
     categories ? { type: "category", title: { text: plain(name) }, showgrid: false } : { type: log ? "log" : numeric ? "linear" : "category", title: { text: plain(name) } };
   if (element("kind").value === "scatter") {
-    const marker = { size: 10, color: results, colorscale: scale, showscale: true, colorbar: bar, line: { color: css("--text"), width: 0.5 } };
+    const marker = { size: 10, color: results, colorscale: scale(), showscale: true, colorbar: bar, line: { color: css("--text"), width: 0.5 } };
     const at = ({ values, numeric }) => (numeric ? values : values.map((value) => plain(shown(value))));
     const text = among.map((run, i) => `${described(run)}<br>${results[i].toFixed(2)} %`);
     const data = [{ x: at(across), y: at(up), text, mode: "markers", marker, hovertemplate: "%{text}<extra></extra>" }];
@@ -239,7 +243,7 @@ function drawPlane() {
   const few = across.distinct.length <= (narrow() ? 5 : 12) && up.distinct.length <= 12;
   const data = [{
     type: "heatmap", x: across.distinct.map((x) => plain(tidy(x))), y: up.distinct.map((y) => plain(tidy(y))), z, customdata: n,
-    colorscale: scale, colorbar: bar, xgap: 2, ygap: 2, hoverongaps: false,
+    colorscale: scale(), colorbar: bar, xgap: 2, ygap: 2, hoverongaps: false,
     texttemplate: few ? "%{z:.1f}" : "", hovertemplate: "%{x}, %{y}: %{z:.2f} %, n = %{customdata}<extra></extra>",
   }];
   return draw(element("plane"), data, { xaxis: axis(across, true), yaxis: axis(up, true) });
