@@ -72,7 +72,7 @@ def print_table(comparison: Comparison, file: IO[str] | None = None) -> None:
     if "seed" in comparison.varying and any(len(group.runs) > 1 for group in groups):
         console.print("\nMean ± standard deviation over seeds", style="bold", soft_wrap=True)
         settings = [
-            (shown[key], [text(group.runs[0].setting(key)) for group in groups]) for key in shown if key != "seed"
+            (name, [text(group.setting(key)) for group in groups]) for key, name in comparison.group_columns.items()
         ]
         columns = [
             *settings,

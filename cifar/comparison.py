@@ -75,6 +75,10 @@ class Group:
         """The runs' results."""
         return [run.score[1] for run in self.runs if run.score]
 
+    def setting(self, key: str) -> Any:
+        """Return the value of a setting that the runs share; ABSENT where they have no such key."""
+        return self.runs[0].setting(key)
+
 
 @dataclass
 class Versus:
@@ -90,7 +94,8 @@ class Comparison:
     """Runs and groups, best first.
 
     `varying` are the dotted keys of the settings that are not the same in all runs; `columns` maps those that a reader
-    needs to short names: what a component brings with it (`betas` where Adam meets SGD) only if it varies within it.
+    needs to short names, `group_columns` those in which groups differ: what a component brings with it (`betas` where Adam
+    meets SGD) is there only if it varies within it.
     `versus` holds the best group against each other one of its metric, where any group has more than one seed; `tests` is
     the number of tests that the p-values are corrected for.
     """
@@ -100,6 +105,7 @@ class Comparison:
     ranked_by: str | None
     varying: list[str]
     columns: dict[str, str]
+    group_columns: dict[str, str]
     versus: list[Versus]
     tests: int
 
@@ -157,8 +163,14 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
         run.name = name
     told = [key for key in varying if not _implied(key, runs, components.intersection(varying))]
     columns = dict(zip(told, _short([key.split(".") for key in told], "."), strict=True))
-    versus, tests = _held_against_best(groups, {key: name for key, name in columns.items() if key != "seed"})
-    return Comparison(runs, groups, ranked_by, varying, columns, versus, tests)
+    differing = [
+        key
+        for key in columns
+        if any(group.setting(key) != groups[0].setting(key) for group in groups) and key != "seed"
+    ]
+    group_columns = {key: columns[key] for key in differing}
+    versus, tests = _held_against_best(groups, group_columns)
+    return Comparison(runs, groups, ranked_by, varying, columns, group_columns, versus, tests)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -338,15 +350,14 @@ def _held_against_best(groups: list[Group], columns: dict[str, str]) -> tuple[li
 
 def _sentence(best: Group, other: Group, difference: Difference, tests: int, columns: dict[str, str]) -> str:
     """Say "lr 0.03 beats 0.01 by 0.8 points, 95 % interval 0.3 to 1.3, n = 5 (...)", or why that can't be said."""
-    one, two = best.runs[0], other.runs[0]
-    differing = [key for key in columns if one.setting(key) != two.setting(key)]
-    ours = [f"{columns[key]} {text(one.setting(key)) or 'none'}" for key in differing]
+    differing = [key for key in columns if best.setting(key) != other.setting(key)]
+    ours = [f"{columns[key]} {text(best.setting(key)) or 'none'}" for key in differing]
     # Where one setting differs its name is said once.
     theirs = [
-        f"{columns[key] + ' ' if len(differing) > 1 else ''}{text(two.setting(key)) or 'none'}" for key in differing
+        f"{columns[key] + ' ' if len(differing) > 1 else ''}{text(other.setting(key)) or 'none'}" for key in differing
     ]
     shared = ", ".join(
-        f"{name} {text(one.setting(key)) or 'none'}" for key, name in columns.items() if key not in differing
+        f"{name} {text(best.setting(key)) or 'none'}" for key, name in columns.items() if key not in differing
     )
     sure = difference.p_holm is not None and difference.p_holm < 1 - LEVEL
     where = f"with {shared}, " if shared else ""

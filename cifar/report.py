@@ -43,6 +43,8 @@ class Section:
 
 def write_report(comparison: Comparison, path: Path) -> Path:
     """Write the page to `path`, whole or not at all, and return `path`; OSError where that can't be."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no such folder to write it to")
     page = render(comparison)
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -120,9 +122,9 @@ def luck(comparison: Comparison) -> Section | None:
     groups = comparison.groups
     if not groups:
         return None
-    columns = {key: name for key, name in comparison.columns.items() if key != "seed"}
+    columns = comparison.group_columns
     labels = [
-        ", ".join(f"{name} {value}" for key, name in columns.items() if (value := text(group.runs[0].setting(key))))
+        ", ".join(f"{name} {value}" for key, name in columns.items() if (value := text(group.setting(key))))
         or "all runs"
         for group in groups
     ]
@@ -138,14 +140,14 @@ def luck(comparison: Comparison) -> Section | None:
             "error_x": {"type": "data", "array": half},
         }
         layout = {
-            "xaxis": {"title": {"text": "mean and its 95 % interval, %"}},
+            "xaxis": {"title": {"text": "mean and its 95 % interval, %" + f" (best {MEANS})" * (len(groups) > MEANS)}},
             "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
         }
         plot = figure([means], layout, height=90 + 28 * len(groups[top]))
     p_values = [None, *(versus.difference.p_holm for versus in comparison.versus)]
     rows = [
         (
-            [text(group.runs[0].setting(key)) for key in columns],
+            [text(group.setting(key)) for key in columns],
             f"{100 * group.mean:.2f}" + ("" if group.std is None else f" ± {100 * group.std:.2f}") + "%",
             group.interval and f"{100 * group.interval[0]:.2f} to {100 * group.interval[1]:.2f}%",
             group,
@@ -230,6 +232,7 @@ def _page(comparison: Comparison) -> Any:
     return _finite(
         {
             "columns": comparison.columns,
+            "group_columns": [*comparison.group_columns],
             "result": NAMES.get(comparison.ranked_by or "", ""),
             "names": [run.name for run in comparison.runs],
             "results": [run.score and 100 * run.score[1] for run in comparison.runs],

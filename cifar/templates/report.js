@@ -62,7 +62,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const narrow = () => innerWidth < 640;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const keys = Object.keys(page.columns);
-const label = (run) => keys.filter((key) => key !== "seed").map((key) => `${page.columns[key]} ${shown(runs[run].settings[key])}`).join(", ");
+const label = (run) => page.group_columns.map((key) => `${page.columns[key]} ${shown(runs[run].settings[key])}`).join(", ");
 const described = (run) => plain(`job ${page.names[run]}: ${keys.map((key) => `${page.columns[key]} ${shown(runs[run].settings[key])}`).join(", ")}`);
 
 function draw(node, data, layout = {}) {
@@ -84,7 +84,7 @@ function dimension(key, among) {
   const numeric = values.every((value) => typeof value === "number");
   const distinct = [...new Map(values.map((value) => [JSON.stringify(value), value])).values()];
   distinct.sort((a, b) => (numeric ? a - b : shown(a).localeCompare(shown(b), "en", { numeric: true })));
-  const log = numeric && key !== "result" && distinct[0] > 0 && distinct.at(-1) / distinct[0] >= 20;
+  const log = numeric && key !== "result" && distinct[0] > 0 && distinct.at(-1) / distinct[0] >= 10;
   const name = key === "result" ? `${page.result}, %` : page.columns[key];
   return { key, name, values, distinct, numeric, log };
 }
@@ -244,9 +244,18 @@ function drawPlane() {
   const data = [{
     type: "heatmap", x: across.distinct.map((x) => plain(tidy(x))), y: up.distinct.map((y) => plain(tidy(y))), z, customdata: n,
     colorscale: scale(), colorbar: bar, xgap: 2, ygap: 2, hoverongaps: false,
-    texttemplate: few ? "%{z:.1f}" : "", hovertemplate: "%{x}, %{y}: %{z:.2f} %, n = %{customdata}<extra></extra>",
+    hovertemplate: "%{x}, %{y}: %{z:.2f} %, n = %{customdata}<extra></extra>",
   }];
-  return draw(element("plane"), data, { xaxis: axis(across, true), yaxis: axis(up, true) });
+  const all = z.flat().filter((value) => value !== null);
+  const [least, most] = [Math.min(...all), Math.max(...all)];
+  // Plotly's own choice of text colour is hard to read on the middle of the scale.
+  const ink = (value) => {
+    const [red, green, blue] = colourOf(most > least ? (value - least) / (most - least) : 0.5).match(/\d+/g).map(Number);
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 120 ? "#000" : "#fff";
+  };
+  const annotations = z.flatMap((line, y) => line.flatMap((value, x) =>
+    few && value !== null ? [{ x, y, text: value.toFixed(1), showarrow: false, font: { color: ink(value) } }] : []));
+  return draw(element("plane"), data, { annotations, xaxis: axis(across, true), yaxis: axis(up, true) });
 }
 
 function drawFigures() {
