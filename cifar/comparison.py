@@ -365,6 +365,7 @@ def _sentence(best: Group, other: Group, difference: Difference, tests: int, col
     said = f"{where}{', '.join(ours)} {verb} {', '.join(theirs)} by {100 * difference.mean:.1f} points"
     if difference.mean < NO_SPREAD:
         said = f"{where}{', '.join(ours)} is level with {', '.join(theirs)}"
+        sure = True  # that there is nothing between them
     if difference.interval is None or difference.p_holm is None:
         return f"{said}: {difference.why}"
     low, high = (f"{100 * end:.1f}".replace("-", "−") for end in difference.interval)
