@@ -81,7 +81,7 @@ def sweep(folder: Path, slower: float = 1.0) -> Path:
                 )
                 run = make(
                     folder / str(job), settings(seed=seed, optimizer__lr=lr, optimizer__momentum=momentum), val=top, test=top - 0.01,
-                    rows=(*rows, rows[-1] | {"test/accuracy": top - 0.01}), seconds=slower * 4.5,
+                    rows=(*rows, {"epoch": 4, "step": 80, "seconds": slower * 4, "test/accuracy": top - 0.01}), seconds=slower * 4.5,
                     best={"metric": "val/accuracy", "value": top, "epoch": 3},
                     metrics={"train/loss": 0.5, "val/accuracy": top - 0.05, "test/accuracy": top - 0.01, "images_per_second": 9 / slower},
                     environment={"git_commit": "0123456789abcdef", "git_dirty": False},
@@ -180,7 +180,6 @@ def check_figures(page: Page, sweep: Path) -> None:
 
 def test_figures_agree_with_what_the_runs_logged(page: Page, folder: Path) -> None:
     check_figures(page, folder)
-    # An independent pair, in plain figures.
     assert page.data["page"]["curves"][0]["train/loss"] == [[20, 40, 60, 80], [2.0, 1.0, 0.66667, 0.5]]
     assert page.data["page"]["steps_per_epoch"][0] == 20
 
