@@ -24,6 +24,7 @@ from rich.table import Table
 from cifar.config import flatten
 from cifar.errors import reported
 from cifar.run import Run, find_runs
+from cifar.search import describe, searches
 
 VAL, TEST = "val/accuracy", "test/accuracy"
 NAMES = {VAL: "best validation accuracy", TEST: "test accuracy"}
@@ -219,11 +220,13 @@ def cli() -> None:
     with reported():
         comparison = compare(arguments.paths)
         if arguments.json:
-            print(json.dumps(to_json(comparison), indent=2, default=str))
+            print(json.dumps(to_json(comparison) | {"search": searches(arguments.paths)}, indent=2, default=str))
         elif arguments.csv:
             print_csv(comparison)
         else:
             print_table(comparison)
+            for search in searches(arguments.paths):
+                print(f"\n{describe(search)}")
         sys.stdout.flush()  # so that a reader who has gone is noticed here
 
 

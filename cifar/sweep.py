@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from cifar import search
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
 from cifar.run import Run, RunError, find_runs, relative, without_home
@@ -42,6 +43,8 @@ class Callbacks(Callback):
         """Remember the sweep's folder for `summarize`, and whether its jobs are children that may outlive a failed one."""
         with _refusing():
             _check_names(config)
+            if config.hydra.sweeper._target_ == search.SWEEPER:
+                search.prepare(config)
         Callbacks.sweep = relative(config.hydra.sweep.dir)
         Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
 
@@ -147,6 +150,8 @@ def summarize() -> bool | None:
     except RunError:  # stopped before the first job began
         return False
     print_table(compare([folder]))
+    for found in search.searches([folder]):
+        print(f"\n{search.describe(found)}")
     failed = []
     offline = False
     for run in runs:
