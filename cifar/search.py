@@ -25,13 +25,14 @@ class ChangedSearchError(ConfigError):
     """A search was started again in its folder with other settings; the message names the difference."""
 
 
-def prepare(config: DictConfig) -> None:
+def prepare(config: DictConfig) -> int:
     """Make the Optuna sweeper go on with the study in the sweep's folder, where there is one, by changing `config.hydra`.
 
     The sweeper as released (1.3.0) would at each start ask for all `n_trials` again, number the jobs from 0 and leave the
     trials that were under way when it was killed as running for ever. Here those are asked for first: they go on in their
     folders, from their checkpoints. Trials end in the order of their numbers, so the ended ones are the first.
 
+    Returns how many have ended.
     Raises ConfigError where the search could not be one: nothing held out to judge a trial by, a measure to be minimised,
     or another search's settings in the folder.
     """
@@ -47,7 +48,7 @@ def prepare(config: DictConfig) -> None:
     if sweeper.n_jobs < 1:  # joblib's word for all cores; the sweeper would ask for no trial at all, for ever
         sweeper.n_jobs = os.cpu_count() or 1
     if not sweeper.storage:
-        return
+        return 0
 
     import optuna
 
@@ -80,6 +81,7 @@ def prepare(config: DictConfig) -> None:
         with flag_override(sweeper.sampler, "struct", False):
             sweeper.sampler.constant_liar = True  # or trials that run side by side would be much alike
     _number_jobs_from(ended)
+    return ended
 
 
 def searches(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -101,9 +103,10 @@ def read(folder: Path) -> dict[str, Any]:
         return found | {"error": f"{folder / STUDY}: to read it, pip install 'cifar[optuna]'"}
     storage = optuna.storages.RDBStorage(f"sqlite:///{folder / STUDY}")
     try:
-        (summary,) = storage.get_all_study_summaries()
-        study = optuna.load_study(study_name=summary.study_name, storage=storage)
-        best = None
+        if not (summaries := storage.get_all_study_summaries()):  # killed before it began
+            return found
+        study = optuna.load_study(study_name=summaries[0].study_name, storage=storage)
+        best: dict[str, Any] | None = None
         for trial in study.get_trials(deepcopy=False):
             if trial.state == optuna.trial.TrialState.COMPLETE and (best is None or trial.value > best["value"]):
                 best = {"number": trial.number, "value": trial.value, "params": trial.params}
@@ -157,7 +160,7 @@ def _number_jobs_from(first: int) -> None:
         self.sweeper.job_idx = first
         self.sweeper.sweep(arguments)
 
-    OptunaSweeper.sweep = sweep
+    OptunaSweeper.sweep = sweep  # type: ignore[method-assign]
 
 
 def _space(config: DictConfig) -> dict[str, str]:
@@ -165,12 +168,12 @@ def _space(config: DictConfig) -> dict[str, str]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    space = {}
+    space: dict[str, str] = {}
     for override in OverridesParser.create().parse_overrides([*written, *config.hydra.overrides.task]):
         key = override.get_key_element()
         space.pop(key, None)
         if override.is_sweep_override():
-            space[key] = override.input_line.partition("=")[2]
+            space[key] = str(override.input_line).partition("=")[2]
     return space
 
 

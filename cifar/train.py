@@ -59,6 +59,8 @@ def fit_and_test(
 
     torch.manual_seed(cfg.seed)
     trainer = build(cfg.trainer)()
+    if job.sweep and trainer.progress is None:
+        trainer.progress = False  # the sweep shows its jobs, see cifar.live
     device = trainer.torch_device
     result["environment"] = environment(device)
 

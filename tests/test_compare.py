@@ -135,7 +135,7 @@ def test_json_on_stdout_alone(
     monkeypatch.setattr(sys, "argv", ["cifar-compare", *map(str, runs), "--json"])
     cli()
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == to_json(compare(runs))
+    assert json.loads(captured.out) == to_json(compare(runs)) | {"search": []}
     assert captured.err == ""
 
 
