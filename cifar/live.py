@@ -95,7 +95,7 @@ class View:
         self.folder, self.keys = folder, keys
         found = {run.dir: run for run in self._runs()}
         self.known = {path: _written(path) for path in found}  # what an earlier start of the sweep left
-        finished = sum((run.result() or {}).get("status") == "finished" for run in found.values())
+        finished = sum(_finished(run) for run in found.values())
         self.before = finished if ended is None else ended
         self.jobs = jobs if ended is None else jobs + ended
         self.progress: dict[Path, Progress] = {}
@@ -205,6 +205,13 @@ class View:
                 self.live.update(self.table(now), refresh=True)
             else:
                 self.say(now)
+
+
+def _finished(run: Run) -> bool:
+    try:
+        return (run.result() or {}).get("status") == "finished"
+    except RunError:  # damaged
+        return False
 
 
 def _written(folder: Path) -> int | None:

@@ -10,8 +10,10 @@ from pathlib import Path
 import optuna
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 
 from cifar import compare, search
+from cifar.errors import one_line
 from cifar.run import Run
 from cifar.sweep import Callbacks
 from cifar.train import cli
@@ -187,3 +189,9 @@ def test_history_and_importances_are_the_studys(tmp_path: Path) -> None:
     assert found["importances"]["optimizer.lr"] > 0.7
     first, *_ = search.describe(found).splitlines()
     assert first.startswith("Search: 12 trials (11 complete, 1 fail), best ")
+
+
+def test_without_the_extra_the_line_names_it() -> None:
+    missing = MissingConfigException("Could not find", "hydra/sweeper/optuna", ["basic"])
+    said = "hydra/sweeper=optuna: no such choice; hydra/sweeper can be basic; pip install 'cifar[optuna]' adds optuna"
+    assert one_line(missing) == said
