@@ -32,13 +32,13 @@ def specification(project: str, entity: str = "", group: str | None = None) -> A
 
     names = {key: key.rpartition(".")[2] for key in SETTINGS}
     best = wr.SummaryMetric(BEST)
-    columns = [
+    columns: list[Any] = [
         wr.ParallelCoordinatesPlotColumn(wr.Config(key), display_name=names[key], log=True if key in LOGGED else None)
         for key in SETTINGS
     ]
     columns.append(wr.ParallelCoordinatesPlotColumn(best, display_name="best val accuracy"))
-    by_run = [wr.LinePlot(title=metric, x="step", y=[metric], max_runs_to_show=100) for metric in CURVES]
-    by_setting = [
+    by_run: list[Any] = [wr.LinePlot(title=metric, x="step", y=[metric], max_runs_to_show=100) for metric in CURVES]
+    by_setting: list[Any] = [
         wr.LinePlot(
             title=f"val/accuracy by {names[key]}",
             x="step",
@@ -50,7 +50,7 @@ def specification(project: str, entity: str = "", group: str | None = None) -> A
         )
         for key in SETTINGS
     ]
-    scatter = [
+    scatter: list[Any] = [
         wr.ScatterPlot(
             title=f"best val accuracy against {names[key]}",
             x=wr.Config(key),
@@ -74,7 +74,7 @@ def specification(project: str, entity: str = "", group: str | None = None) -> A
         sections=sections,
         settings=ws.WorkspaceSettings(x_axis="step", max_runs=100),
         runset_settings=ws.RunsetSettings(
-            filters=[expr.Metric("Group") == group] if group else [],
+            filters=expr.And(expr.Metric("Group") == group) if group else "",
             order=[expr.Ordering(expr.Summary(BEST), ascending=False)],
             pinned_columns=[f"summary:{BEST}", f"summary:{LAST_LOSS}"],
         ),
@@ -87,7 +87,7 @@ def save(project: str, entity: str | None, group: str | None) -> str:
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled") or not wandb.login(prompt=False, verify=False):
         raise RuntimeError("saving a dashboard needs W&B online with a key (`wandb login`); --json prints it without")
-    workspace = specification(project, entity or wandb.Api().default_entity, group)
+    workspace = specification(project, entity or wandb.Api().default_entity or "", group)
     try:
         workspace.save()
     except Exception as error:  # whatever its client raises for a refused key or a lost connection

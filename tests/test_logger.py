@@ -66,4 +66,6 @@ def test_the_command_to_upload_can_be_copied_into_a_shell(tmp_path: Path) -> Non
     for folder in folders:
         folder.mkdir(parents=True)
     line = logger.sync_command(tmp_path / "it's a sweep").replace("wandb sync", "printf '%s\\n'")
-    assert subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.splitlines() == list(map(str, folders))
+    assert subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.splitlines() == list(
+        map(str, folders)
+    )
