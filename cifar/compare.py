@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cifar.comparison import TEST, VAL, Comparison, compare, mean_std, percent, text, to_json
 from cifar.errors import reported
+from cifar.search import describe
 
 ENDLESS = 10_000  # characters in a line
 SENTENCES = 3  # said below the table of groups, about those next to the best; --json and the page have all
@@ -87,6 +88,8 @@ def print_table(comparison: Comparison, file: IO[str] | None = None) -> None:
         _print_columns(console, columns, left=set(shown.values()))
         for versus in comparison.versus[:SENTENCES]:
             console.print(versus.sentence, soft_wrap=True)
+    for search in comparison.searches:
+        console.print(f"\n{describe(search)}", soft_wrap=True)
 
 
 def cli() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from cifar.config import flatten
 from cifar.run import Run, find_runs
+from cifar.search import searches
 from cifar.significance import LEVEL, NO_SPREAD, Difference, Sample, differences_from_first, mean_interval
 
 VAL, TEST = "val/accuracy", "test/accuracy"
@@ -108,6 +109,7 @@ class Comparison:
     group_columns: dict[str, str]
     versus: list[Versus]
     tests: int
+    searches: list[dict[str, Any]]  # what `cifar.search.read` says of each search among the folders
 
     @property
     def ranks(self) -> list[int | None]:
@@ -143,6 +145,7 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
 
     A run of which a file can't be read is in the comparison all the same, with the reason as its `error`.
     """
+    paths = list(paths)
     runs = [_read(folder) for folder in find_runs(paths)]
     components: set[str] = set()
     for run in runs:
@@ -170,7 +173,7 @@ def compare(paths: Iterable[str | Path]) -> Comparison:
     ]
     group_columns = {key: columns[key] for key in differing}
     versus, tests = _held_against_best(groups, group_columns)
-    return Comparison(runs, groups, ranked_by, varying, columns, group_columns, versus, tests)
+    return Comparison(runs, groups, ranked_by, varying, columns, group_columns, versus, tests, searches(paths))
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -207,6 +210,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
             }
             for group in comparison.groups
         ],
+        "search": comparison.searches,
         "differences": [
             {
                 "from": _settings(versus.other.runs[0], [key for key in varying if key != "seed"]),

@@ -20,7 +20,11 @@ def one_line(error: BaseException) -> str:
         return f"{error.full_key} is not set: give it as {error.full_key}=VALUE"
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice}: no such choice; {group} can be {', '.join(sorted(error.options))}"
+        said = f"{group}={choice}: no such choice; {group} can be {', '.join(sorted(error.options))}"
+        extra = choice.partition("_")[0]
+        return (
+            f"{said}; pip install 'cifar[{extra}]' adds {choice}" if extra in ("joblib", "submitit", "optuna") else said
+        )
     if isinstance(error, ConfigCompositionException) and (override := re.match(r"Could not override '(.+?)'", message)):
         return (
             f"{override[1]}: no such setting{suggestion(override[1])} `python -m cifar.train --cfg job` lists them all"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,7 +130,7 @@ def wandb(
 
 def sync_command(shared: Path) -> str:
     """Return the command that uploads all offline runs recorded under a run's or a sweep's folder."""
-    return f"wandb sync {shared / 'wandb'}/offline-run-*"
+    return f"wandb sync {shlex.quote(str(shared / 'wandb'))}/offline-run-*"
 
 
 def _mode(client: Any) -> Any:

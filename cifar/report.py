@@ -174,7 +174,46 @@ def plane(comparison: Comparison) -> Section | None:
     return Section("Two settings", _macro("plane")()) if _settings_and_results(comparison) else None
 
 
-SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (best, runs, luck, curves, parallel, plane)
+def search(comparison: Comparison) -> Section | None:
+    """How a search's values went, and which settings they hang on; one plot of each for every search."""
+    html = Markup("")
+    for found in comparison.searches:
+        done = [trial for trial in found["trials"] if trial["value"] is not None]
+        if not done:
+            continue
+        number = [trial["number"] for trial in done]
+        value = {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "trial",
+            "x": number,
+            "y": [100 * trial["value"] for trial in done],
+            "text": [plain(", ".join(f"{name} {item}" for name, item in trial["params"].items())) for trial in done],
+        }
+        best_so_far = {
+            "type": "scatter",
+            "mode": "lines",
+            "line": {"shape": "hv"},
+            "name": "best so far",
+            "x": number,
+            "y": [100 * trial["best"] for trial in done],
+        }
+        axes = {
+            "xaxis": {"title": {"text": "trial"}},
+            "yaxis": {"title": {"text": "best val acc, %"}, "automargin": True},
+        }
+        html += figure([value, best_so_far], axes)
+        if shares := found["importances"]:
+            bars = {"type": "bar", "orientation": "h", "x": [*shares.values()], "y": [plain(name) for name in shares]}
+            axes = {
+                "xaxis": {"title": {"text": "importance: a random forest's share of the variance"}},
+                "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
+            }
+            html += figure([bars], axes, height=120 + 30 * len(shares))
+    return Section("Search", html) if html else None
+
+
+SECTIONS: tuple[Callable[[Comparison], Section | None], ...] = (best, runs, luck, search, curves, parallel, plane)
 
 
 def plain(label: str) -> str:

@@ -7,14 +7,19 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from cifar import search
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
 from cifar.run import Run, RunError, find_runs, override_key, relative, without_home
+
+if TYPE_CHECKING:
+    from cifar.live import View
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ class Callbacks(Callback):
     """Hydra calls these before it makes a folder."""
 
     sweep: Path | None = None  # the folder of the sweep under way in this process
+    view: "View | None" = None
     jobs_are_children = False
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
@@ -42,8 +48,21 @@ class Callbacks(Callback):
         """Remember the sweep's folder for `summarize`, and whether its jobs are children that may outlive a failed one."""
         with _refusing():
             _check_names(config)
+            ended = search.prepare(config) if config.hydra.sweeper._target_ == search.SWEEPER else None
         Callbacks.sweep = relative(config.hydra.sweep.dir)
         Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
+        from cifar.live import View, plan
+
+        with _refusing():
+            Callbacks.view = View(Callbacks.sweep, *plan(config), ended)
+            Callbacks.view.start()
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """In a sweep, leave the screen to its view: a job says only what is wrong; the rest is in its train.log."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            for handler in logging.getLogger().handlers:
+                if type(handler) is logging.StreamHandler:
+                    handler.addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 @contextlib.contextmanager
@@ -130,6 +149,8 @@ def already_finished(run: Run, cfg: DictConfig) -> bool:
 def summarize() -> bool | None:
     """After a sweep, print its table and what failed; return whether every job finished. None where there was no sweep."""
     folder = Callbacks.sweep
+    if Callbacks.view:
+        Callbacks.view.stop()
     if folder is None or not folder.is_dir():
         return None
     from cifar.compare import compare, print_table

@@ -29,19 +29,23 @@ from cifar.sweep import (
 log = logging.getLogger(__name__)
 
 
-def train(cfg: DictConfig, job: Job) -> None:
-    """Train and test the run that `cfg` describes, in the job's folder, and leave its record there, however it ends."""
+def train(cfg: DictConfig, job: Job) -> float | None:
+    """Train and test the run that `cfg` describes, in the job's folder, and leave its record there, however it ends.
+
+    Returns the best validation accuracy, which a search goes by; None where nothing is held out.
+    """
     run = Run(job.folder)
     with run.locked(), stop_on_signals() as stop:
-        if job.sweep and already_finished(run, cfg):
-            return
-        run.record_command(OmegaConf.to_yaml(cfg), job.overrides, job.hydra)
-        with run.recording(overrides=job.overrides, seed=cfg.seed) as result:
-            check(cfg)
-            settings = to_container(cfg)
-            result["config_hash"] = config_hash(settings)
-            run.write_result(result)
-            fit_and_test(cfg, settings, job, run, result, stop)
+        if not (job.sweep and already_finished(run, cfg)):
+            run.record_command(OmegaConf.to_yaml(cfg), job.overrides, job.hydra)
+            with run.recording(overrides=job.overrides, seed=cfg.seed) as result:
+                check(cfg)
+                settings = to_container(cfg)
+                result["config_hash"] = config_hash(settings)
+                run.write_result(result)
+                fit_and_test(cfg, settings, job, run, result, stop)
+        best = (run.result() or {})["best"]
+        return best and best["value"]
 
 
 def fit_and_test(
@@ -57,6 +61,8 @@ def fit_and_test(
     warm_up(cfg.logger._target_)
     torch.manual_seed(cfg.seed)
     trainer = build(cfg.trainer)()
+    if job.sweep and trainer.progress is None:
+        trainer.progress = False  # the sweep shows its jobs, see cifar.live
     device = trainer.torch_device
     result["environment"] = environment(device)
 
@@ -109,8 +115,8 @@ def fit_and_test(
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Run one job: the only one, or one of a sweep, where a failure is said and the others go on."""
+def main(cfg: DictConfig) -> float | None:
+    """Run one job: the only one, or one of a sweep, where a failure is said (its value is None) and the others go on."""
     hydra_cfg = HydraConfig.get()
     job = Job(
         relative(hydra_cfg.runtime.output_dir), list(hydra_cfg.overrides.task), OmegaConf.to_yaml({"hydra": hydra_cfg})
@@ -118,7 +124,7 @@ def main(cfg: DictConfig) -> None:
     if hydra_cfg.mode == RunMode.MULTIRUN:
         job = replace(job, sweep=relative(hydra_cfg.sweep.dir), number=hydra_cfg.job.num)
     try:
-        train(cfg, job)
+        return train(cfg, job)
     except (Exception, SystemExit) as error:
         # Hydra would print its own words over ours and, in a sweep, stop at the end without a table.
         failures.append(error)
@@ -126,6 +132,7 @@ def main(cfg: DictConfig) -> None:
             print(f"job {job.number} failed: {one_line(error)}", file=sys.stderr, flush=True)
         if isinstance(error, ChangedSweepError):
             sys.exit(1)  # the jobs to come would be of another sweep than those in the folder
+        return None
 
 
 failures: list[BaseException] = []  # of the jobs that ran in this process

@@ -130,6 +130,7 @@ def test_json(tmp_path: Path) -> None:
                 "lost": 0,
             },
         ],
+        "search": [],
         "differences": [],
         "tests": 0,
     }

@@ -59,3 +59,13 @@ def test_none_has_no_trace(tmp_path: Path) -> None:
         log.log({"step": 1})
         assert log.info is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_to_upload_can_be_copied_into_a_shell(tmp_path: Path) -> None:
+    folders = [tmp_path / "it's a sweep" / "wandb" / f"offline-run-{number}" for number in range(2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    line = logger.sync_command(tmp_path / "it's a sweep").replace("wandb sync", "printf '%s\\n'")
+    assert subprocess.run(line, shell=True, capture_output=True, text=True, check=True).stdout.splitlines() == list(
+        map(str, folders)
+    )

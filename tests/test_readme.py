@@ -33,6 +33,7 @@ def make_images(folder: Path) -> None:
         Image.new("RGB", (48, 64), "white").save(folder / name)
 
 
+@pytest.mark.timeout(900)  # some two dozen commands, each a process of its own
 def test_every_command_without_network_works_in_its_order(tmp_path: Path) -> None:
     assert len(OFFLINE) > 10
     make_images(tmp_path)

@@ -44,6 +44,12 @@ def test_a_grid_of_eight(command: Command, tmp_path: Path) -> None:
     }
     assert len(settings) == 8
 
+    # In a log file: a line when a job ends, and no more for jobs that take seconds.
+    lines = [line for line in done.stdout.splitlines() if re.match(r"job \d", line)]
+    assert [line.partition(",")[0] for line in lines] == [f"job {number}" for number in range(8)]
+    assert "8 of 8 jobs done" in lines[-1]
+    assert "epoch 1/1" not in done.stdout
+
     # The table at the end: one row a job, ranked by validation, only what differs.
     table = done.stdout[done.stdout.index("8 runs, ranked by best validation") :].splitlines()[1:11]
     header, *rows = [line.split() for line in table if "──" not in line]

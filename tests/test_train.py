@@ -186,7 +186,7 @@ def test_questions_are_answered_without_torch(arguments: list[str], tmp_path: Pa
         "import sys; sys.argv[0] = 'train.py'\n"
         "from cifar.train import cli\n"
         "try:\n    cli()\n"
-        "finally:\n    print([name for name in ('torch', 'wandb', 'sklearn', 'matplotlib') if name in sys.modules], file=sys.stderr)"
+        "finally:\n    print([name for name in ('torch', 'wandb', 'sklearn', 'matplotlib', 'optuna', 'rich') if name in sys.modules], file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
