@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from cifar import distributed
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
 from cifar.run import Run, RunError, find_runs, relative, without_home
@@ -42,6 +43,10 @@ class Callbacks(Callback):
         """Remember the sweep's folder for `summarize`, and whether its jobs are children that may outlive a failed one."""
         with _refusing():
             _check_names(config)
+            if distributed.started_by_torchrun():
+                raise ConfigError(
+                    "torchrun starts one run over several processes, and this is a sweep: leave one of them out"
+                )
         Callbacks.sweep = relative(config.hydra.sweep.dir)
         Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
 
