@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +49,14 @@ class Callbacks(Callback):
                     "torchrun starts one run over several processes, and this is a sweep: leave one of them out"
                 )
         Callbacks.sweep = relative(config.hydra.sweep.dir)
-        Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
+        launcher = config.hydra.launcher
+        Callbacks.jobs_are_children = "submitit" in launcher._target_
+        if "ray" in launcher._target_:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if launcher.ray.init.address == "local":
+                # On Linux Ray would listen at the machine's outer address, and leave a key in the home folder.
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextlib.contextmanager
