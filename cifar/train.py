@@ -157,6 +157,9 @@ def main(cfg: DictConfig) -> None:
         job = replace(job, sweep=relative(hydra_cfg.sweep.dir), number=hydra_cfg.job.num)
     try:
         train(cfg, job)
+    except Interrupted as interrupted:
+        interrupted.hand_on()
+        raise
     except (Exception, SystemExit) as error:
         # Hydra would print its own words over ours and, in a sweep, stop at the end without a table.
         failures.append(error)
