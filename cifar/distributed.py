@@ -7,6 +7,7 @@ validation) is the same number everywhere, so all take the same steps and leave 
 Without torchrun there is one process, and nothing here imports torch.distributed or takes time in a step.
 """
 
+import atexit
 import functools
 import inspect
 import io
@@ -294,6 +295,8 @@ def world() -> World:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     met = World(dist.get_rank(), dist.get_world_size())
     met.peers = met._gather((socket.gethostname(), os.getpid()))
+    if not on_gpu:  # gloo's threads abort a process that ends without; NCCL may wait for a peer that is gone
+        atexit.register(dist.destroy_process_group)
     # torchrun ends the others with SIGTERM when one has failed: they stay to say so. A run itself takes signals (see agreed).
     for number in STOPPING:
         signal.signal(number, lambda *_: None)

@@ -35,8 +35,8 @@ def table(command: Command, folder: str) -> dict:
             run.pop(key, None)
             run["metrics"].pop(key, None)
     for group in compared["groups"]:
-        for key in [key for key in group if key in TIMES or key == "runs"]:
-            group.pop(key)
+        for key in ("dirs", *TIMES):
+            group.pop(key, None)
     return compared
 
 
