@@ -179,7 +179,7 @@ def test_what_all_meet_is_told_once(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     done = train(tmp_path, 2, "data=digits", "--cfg", "job")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("batch_size:") == 1
+    assert done.stdout.count("log_every:") == 1
 
 
 @pytest.mark.slow
