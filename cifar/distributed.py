@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 GRACE = 5.0  # seconds in which a process that failed has said so, or one that was killed is seen to be gone
 
 
+SIGNALS = [*STOPPING, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])]  # all that a run may be stopped by
+
+
 class LostError(RuntimeError):
     """Another process of the run has failed or is gone; the message names it."""
 
@@ -46,6 +49,8 @@ class World:
     _asked: Stop = field(default_factory=Stop)  # the signal that this process got
     _agreed: Stop = field(default_factory=Stop)  # the one that all know of
     _sent: bool = False  # whether the others have had their configuration
+    _own: "Tensor" = field(init=False)  # what a step sends along with the gradients
+    _every: "Tensor" = field(init=False)  # and its sum over all processes
 
     @property
     def leads(self) -> bool:
@@ -85,8 +90,17 @@ class World:
 
         # DDP's own mean would be right only for equal parts: each process weighs its loss by its share of the batch instead.
         def add(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-            work = dist.all_reduce(bucket.buffer(), async_op=True)
-            return work.get_future().then(lambda done: done.value()[0])
+            gradient = bucket.buffer()
+            # What `join` returns travels along with the last gradients: in a message of its own it would cost each step
+            # another wait for the slowest process.
+            along = self._own.to(gradient.dtype) if bucket.is_last() else gradient.new_empty(0)
+            sent = torch.cat([gradient, along]) if len(along) else gradient
+
+            def take(done: "torch.futures.Future[list[Tensor]]") -> "Tensor":
+                summed, self._every = done.value()[0].split([len(gradient), len(along)])
+                return summed
+
+            return dist.all_reduce(sent, async_op=True).get_future().then(take)
 
         replica.register_comm_hook(None, add)
         return replica
@@ -95,28 +109,41 @@ class World:
         """The context of one of the parts (`trainer.accumulate`) that a step's gradient adds up from: the last one sends it."""
         return nullcontext() if self.size == 1 or is_last else forward.no_sync()
 
-    def join(self, model: "nn.Module", loss: "Tensor", correct: "Tensor", share: float) -> "tuple[Tensor, Tensor]":
-        """Return the sums over all processes of `loss` () and `correct` (); agree on whether to stop.
-
-        BatchNorm's running statistics become the mean of those of all parts, weighted by `share`, this part's of the batch.
-        """
+    def offer(self, model: "nn.Module", losses: "list[Tensor]", rights: "list[Tensor]", share: float) -> None:
+        """Say, before the backward pass, what `join` is to sum: losses () and right predictions () of this part of the batch."""
         import torch
-        import torch.distributed as dist
 
-        own = torch.stack([loss.double(), correct.double(), loss.new_tensor(self._asked.received or 0).double()])
-        every = own.new_empty(self.size * len(own))
-        dist.all_gather_into_tensor(every, own)
-        total, right, signals = every.view(self.size, len(own)).unbind(1)
-        self._agree(int(signals.max().item()))
-        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        if statistics and not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()):
-            flat = torch.cat([buffer.reshape(-1) for buffer in statistics])
-            flat = flat * share if share else torch.zeros_like(flat)  # those of no images may not be numbers
-            dist.all_reduce(flat)
-            parts = flat.split([buffer.numel() for buffer in statistics])
-            for buffer, mean in zip(statistics, parts, strict=True):
-                buffer.copy_(mean.view_as(buffer))
-        return total.sum().to(loss.dtype), right.sum().to(correct.dtype)
+        asked = [float(number == self._asked.received) for number in SIGNALS]
+        own = [
+            torch.stack([torch.stack(losses).sum(), torch.stack(rights).sum().float()]),
+            losses[0].new_tensor(asked, dtype=torch.float32),
+        ]
+        statistics = [buffer.reshape(-1) for buffer in self._statistics(model)]
+        # Those of no images may not be numbers.
+        own += [buffer * share if share else torch.zeros_like(buffer) for buffer in statistics]
+        self._own = torch.cat(own)
+
+    def join(self, model: "nn.Module") -> "tuple[Tensor, Tensor]":
+        """Return, after the backward pass, the sums over all processes of loss () and right predictions (); agree on a stop.
+
+        BatchNorm's running statistics become the mean of those of all parts, weighted by their shares of the batch.
+        """
+        statistics = self._statistics(model)
+        sums, *means = self._every.split([2 + len(SIGNALS), *(buffer.numel() for buffer in statistics)])
+        for number, count in zip(SIGNALS, sums[2:].tolist(), strict=True):
+            if count:
+                self._agree(number)
+        for buffer, mean in zip(statistics, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+        return sums[0], sums[1].long()
+
+    def _statistics(self, model: "nn.Module") -> "list[Tensor]":
+        """Return the buffers that this part of the batch has changed for itself."""
+        from torch.nn import SyncBatchNorm
+
+        if any(isinstance(module, SyncBatchNorm) for module in model.modules()):
+            return []
+        return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
     def synchronized(self, model: Any, device: "torch.device") -> Any:
         """Return `model` with BatchNorm over the whole batch, on CUDA; elsewhere torch has none, and it sees parts."""

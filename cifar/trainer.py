@@ -185,12 +185,14 @@ class Trainer:
                     value = loss(logits, part_targets) if len(part) else logits.sum()
                 if len(part) < whole:
                     value = value * (len(part) / whole)
+                losses.append(value.detach())
+                rights.append(count_correct(logits, part_targets))
+                if self.world.size > 1:
+                    self.world.offer(state.model, losses, rights, len(images) / whole)
                 state.scaler.scale(value).backward()
-            losses.append(value.detach())
-            rights.append(count_correct(logits, part_targets))
         total, correct = functools.reduce(torch.add, losses), functools.reduce(torch.add, rights)
         if self.world.size > 1:
-            total, correct = self.world.join(state.model, total, correct, len(images) / whole)
+            total, correct = self.world.join(state.model)
         state.scaler.unscale_(state.optimizer)
         gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
         wrong = ~total.isfinite()
