@@ -135,9 +135,7 @@ def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def suggestion(key: str) -> str:
     """Return ", did you mean ...?" with the known settings and groups that look like `key`, or ";"."""
-    groups = {
-        path.name: [f"{path.name}.{key}" for key in _keys(path)] for path in Path(CONF).iterdir() if path.is_dir()
-    }
+    groups = {path.name: [f"{path.name}.{key}" for key in _keys(path)] for path in _groups()}
     known = [*TOP_LEVEL, *groups, *(key for keys in groups.values() for key in keys)]
     near = difflib.get_close_matches(key, dict.fromkeys(known), n=3, cutoff=0.7)
     # A right name in the wrong place, `lr=0.1`, is closer in mind than in letters.
@@ -154,10 +152,9 @@ def help_text(overrides: list[str]) -> str:
 
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("config", overrides)
-    groups = sorted(path for path in Path(CONF).iterdir() if path.is_dir() and path.name != "__pycache__")
     choices = [
         f"  {group.name}: {', '.join(sorted(file.stem for file in group.glob('*.yaml') if file.stem[0] != '_'))}"
-        for group in groups
+        for group in _groups()
     ]
     return "\n".join(
         [
@@ -179,6 +176,10 @@ def difference(recorded: dict[str, Any], settings: dict[str, Any]) -> str:
     )
     changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     return ", ".join(f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed)
+
+
+def _groups() -> list[Path]:
+    return sorted(path for path in Path(CONF).iterdir() if path.is_dir() and path.name not in ("__pycache__", "hydra"))
 
 
 def _keys(group: Path) -> list[str]:

@@ -17,7 +17,13 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, received: signal.Signals, where: str) -> None:
         super().__init__(f"stopped by {received.name} {where}")
+        self.received = received
         self.status = 128 + received
+
+    def hand_on(self) -> None:
+        """Give the signal, now that the run is saved, to whoever handles it outside of runs, if it is theirs (SIGUSR2)."""
+        if self.received not in STOPPING:
+            signal.raise_signal(self.received)
 
 
 class Stop:
@@ -60,13 +66,18 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Yield what SIGINT, SIGTERM and SIGUSR1 ask, and put the previous handlers back.
 
+    SIGUSR2 too, where it has a handler: submitit's, which puts a job back in the queue. It has its turn after the save.
+
     Outside the main thread Python delivers no signals, and nothing is installed.
     """
     stop = Stop()
+    stopping = list(STOPPING)
+    if hasattr(signal, "SIGUSR2") and callable(signal.getsignal(signal.SIGUSR2)):
+        stopping.append(signal.SIGUSR2)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = {number: signal.signal(number, stop.handle) for number in STOPPING}
+    previous = {number: signal.signal(number, stop.handle) for number in stopping}
     try:
         yield stop
     finally:

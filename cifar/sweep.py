@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cifar import search
+from cifar import distributed, search
 from cifar.config import ConfigError, check, config_hash, difference, to_container
 from cifar.errors import one_line
 from cifar.run import Run, RunError, find_runs, override_key, relative, without_home
@@ -48,9 +49,20 @@ class Callbacks(Callback):
         """Remember the sweep's folder for `summarize`, and whether its jobs are children that may outlive a failed one."""
         with _refusing():
             _check_names(config)
+            if distributed.started_by_torchrun():
+                raise ConfigError(
+                    "torchrun starts one run over several processes, and this is a sweep: leave one of them out"
+                )
             ended = search.prepare(config) if config.hydra.sweeper._target_ == search.SWEEPER else None
         Callbacks.sweep = relative(config.hydra.sweep.dir)
-        Callbacks.jobs_are_children = "submitit" in config.hydra.launcher.get("_target_", "")
+        launcher = config.hydra.launcher
+        Callbacks.jobs_are_children = "submitit" in launcher._target_
+        if "ray" in launcher._target_:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            if launcher.ray.init.address == "local":
+                # On Linux Ray would listen at the machine's outer address, and leave a key in the home folder.
+                os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         from cifar.live import View, plan
 
         with _refusing():

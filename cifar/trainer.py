@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from cifar.checkpoint import State, Window
 from cifar.data.batches import Batches
+from cifar.distributed import world
 from cifar.signals import Interrupted, Stop
 from cifar.tta import VIEWS
 
@@ -64,6 +65,8 @@ class Trainer:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.backends.mkldnn.enabled = self.onednn  # type: ignore[assignment]  # of the whole process, as the device is
+        self.world = world()
+        self.world.check(self.torch_device)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -113,6 +116,7 @@ class Trainer:
         saving, when `stop` asks to; NonFiniteError, before the weights change, as `on_nonfinite` says.
         """
         forward = torch.compile(state.model) if self.compile else state.model
+        forward = self.world.replicate(forward, self.torch_device)
         stop = Stop() if stop is None else stop  # a Stop is false until a signal came
         with stop.deferred(), logging_redirect_tqdm():
             for epoch in range(state.epoch, self.epochs):
@@ -120,11 +124,12 @@ class Trainer:
                 clock = time.perf_counter()
                 for images, targets in self._bar(train.epoch(epoch, start=state.batch), epoch, state.batch, len(train)):
                     set_learning_rates(state.optimizer, schedule(state.step))
-                    if not self.step(state, forward, loss, images, targets):
+                    whole = train.images_in(state.batch)
+                    if not self.step(state, forward, loss, images, targets, whole):
                         self._skip(state, train.indices(epoch, state.batch))
                     state.batch += 1
                     state.step += 1
-                    state.images += len(images)
+                    state.images += whole
                     if state.batch == len(train):
                         continue  # what follows an epoch's last step comes after the loop
                     if self.log_every and state.batch % self.log_every == 0:
@@ -159,28 +164,37 @@ class Trainer:
                 if stop:
                     raise stop.interrupted(f"at the end of epoch {state.epoch}")
 
-    def step(self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor) -> bool:
+    def step(
+        self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor, whole: int | None = None
+    ) -> bool:
         """Take one optimizer step on a batch, and add its loss and accuracy to `state.window`.
 
         Returns False, the weights unchanged and the window too, where the loss or a gradient is not finite.
 
         With `accumulate` = k the batch is computed in k parts whose gradients add up to the whole batch's: less memory,
-        same step (but for BatchNorm, which sees parts).
+        same step (but for BatchNorm, which sees parts). With several processes, `images` are this one's of `whole`.
         """
+        whole = len(images) if whole is None else whole
         # A batch that overflows has been through BatchNorm's running statistics by the time it shows.
         before = [buffer.clone() for buffer in state.model.buffers()] if self.on_nonfinite == "skip" else []
         state.optimizer.zero_grad(set_to_none=True)
         losses, rights = [], []
-        for part, part_targets in zip(images.chunk(self.accumulate), targets.chunk(self.accumulate), strict=True):
-            with self.autocast():
-                logits = forward(part)
-                value = loss(logits, part_targets)
-            if len(part) < len(images):
-                value = value * (len(part) / len(images))
-            state.scaler.scale(value).backward()
-            losses.append(value.detach())
-            rights.append(count_correct(logits, part_targets))
+        parts = images.chunk(self.accumulate)
+        for part, part_targets in zip(parts, targets.chunk(self.accumulate), strict=True):
+            with self.world.part(forward, part is parts[-1]):
+                with self.autocast():
+                    logits = forward(part)
+                    value = loss(logits, part_targets) if len(part) else logits.sum()
+                if len(part) < whole:
+                    value = value * (len(part) / whole)
+                losses.append(value.detach())
+                rights.append(count_correct(logits, part_targets))
+                if self.world.size > 1:
+                    self.world.offer(state.model, losses, rights, len(images) / whole)
+                state.scaler.scale(value).backward()
         total, correct = functools.reduce(torch.add, losses), functools.reduce(torch.add, rights)
+        if self.world.size > 1:
+            total, correct = self.world.join(state.model)
         state.scaler.unscale_(state.optimizer)
         gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
         wrong = ~total.isfinite()
@@ -197,7 +211,7 @@ class Trainer:
         state.scaler.update()
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        state.window.add(total, correct, len(images))
+        state.window.add(total, correct, whole)
         return True
 
     def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
@@ -224,7 +238,8 @@ class Trainer:
         """Return the logits, float32 (n, classes), of every image in the split's own order, in evaluation mode."""
         model.eval()
         with self.autocast():
-            return torch.cat([VIEWS[self.tta](model, images) for images in batches.in_order()]).float()
+            logits = torch.cat([VIEWS[self.tta](model, images) for images in batches.in_order()]).float()
+        return self.world.gather(logits)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs at the chosen precision."""
@@ -248,7 +263,7 @@ class Trainer:
 
     def _bar(self, batches: Any, epoch: int, done: int, total: int) -> Any:
         # disable=None: tqdm draws on a terminal and keeps silent elsewhere, where plain lines are logged instead.
-        disable = None if self.progress is None else not self.progress
+        disable = not self.world.leads or (None if self.progress is None else not self.progress)
         label = f"epoch {epoch + 1}/{self.epochs}"
         return tqdm(batches, label, total, initial=done, leave=False, disable=disable, unit="step", dynamic_ncols=True)
 

@@ -41,12 +41,14 @@ def build(node, *arguments):
 
 
 def test_every_file_belongs_to_a_known_group() -> None:
-    assert {path.parent.name for path in FILES} == {*GROUPS, "conf"}
+    assert {path.parent.name for path in FILES} == {*GROUPS, "conf", "launcher"}
     assert [path.name for path in FILES if path.parent.name == "conf"] == ["config.yaml"]
 
 
 @pytest.mark.parametrize(
-    "file", [path for path in FILES if path.parent.name != "conf"], ids=lambda path: f"{path.parent.name}={path.stem}"
+    "file",
+    [path for path in FILES if path.parent.name not in ("conf", "launcher")],
+    ids=lambda path: f"{path.parent.name}={path.stem}",
 )
 def test_every_file_composes_and_fits_its_target(file: Path) -> None:
     overrides = [f"{file.parent.name}={file.stem}"]

@@ -1,4 +1,4 @@
-"""Every command of the README is run, in its order, as written; those marked `network` are only parsed."""
+"""Every command of the README is run, in its order, as written; those marked `network` or `cluster` are only parsed."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from PIL import Image
 from cifar.config import CONF, check
 from tests.conftest import REPOSITORY
 
-BLOCKS = re.findall(r"^```sh( network)?\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-COMMANDS = [(bool(network), line) for network, block in BLOCKS for line in block.splitlines()]
+BLOCKS = re.findall(r"^```sh ?(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = [(kind, line) for kind, block in BLOCKS for line in block.splitlines()]
 SET_UP = [line for _, line in COMMANDS if line.startswith("python3 -m venv")]
-OFFLINE = [line for network, line in COMMANDS if not network and line not in SET_UP]
-NETWORK = [line for network, line in COMMANDS if network]
+OFFLINE = [line for kind, line in COMMANDS if kind == "" and line not in SET_UP]
+NETWORK, SLOW, CLUSTER = ([line for kind, line in COMMANDS if kind == name] for name in ("network", "slow", "cluster"))
 
 
 def make_images(folder: Path) -> None:
@@ -58,6 +58,30 @@ def test_commands_that_need_the_network_compose(line: str) -> None:
     assert module == "cifar.train"
     with initialize_config_dir(CONF, version_base="1.3"):
         check(compose("config", overrides=[re.sub(r"=([^,\[]+),.*", r"=\1", override) for override in overrides]))
+
+
+@pytest.mark.parametrize("line", [line for line in CLUSTER if "cifar.train" in line])
+def test_commands_for_a_cluster_compose(line: str) -> None:
+    overrides = [word for word in shlex.split(line.partition("-m cifar.train ")[2]) if word != "-m"]
+    given = [re.sub(r"=range\(.*|=([^,\[]+),.*", lambda match: f"={match[1] or 0}", override) for override in overrides]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        cfg = compose("config", [*given, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
+        assert cfg.hydra.launcher._target_
+        check(compose("config", [item for item in given if not item.lstrip("+").startswith("hydra")]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SLOW)
+def test_commands_that_start_several_processes_work(line: str, tmp_path: Path) -> None:
+    program, *arguments = shlex.split(line)
+    assert program in ("python", "torchrun")
+    command = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else []), *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "accuracy on the 359 test images" in done.stdout
 
 
 @pytest.mark.network

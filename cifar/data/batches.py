@@ -45,7 +45,10 @@ class Batches:
         augment: Augmentation | None = None,
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
+        rank: int = 0,
+        size: int = 1,
     ) -> None:
+        """With several processes (`size`), iteration gives the part of each batch that is process `rank`'s."""
         self.images = split.images
         self.labels = split.labels
         self.normalize = normalize
@@ -56,6 +59,7 @@ class Batches:
         self.memory_format = memory_format
         first_turn = torch.randint(2, self.labels.shape, generator=self._generator("cpu", "turn"))
         self.first_turn = first_turn.to(self.images.device)
+        self.rank, self.size = rank, size
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -78,7 +82,7 @@ class Batches:
             batches = zip(images.split(self.batch_size), targets.split(self.batch_size), strict=True)
             for step, batch in enumerate(batches, start=first):
                 if step >= start:
-                    yield batch
+                    yield batch if self.size == 1 else self._part(*batch)
 
     def order(self, epoch: int) -> Tensor:
         """Return the indices, int64 (used,), of the images in the order in which an epoch trains on them."""
@@ -89,10 +93,23 @@ class Batches:
         """Return the indices, int64 (b,), of the images of one step of an epoch."""
         return self.order(epoch)[step * self.batch_size : (step + 1) * self.batch_size]
 
+    def images_in(self, step: int) -> int:
+        """Return the number of images of an epoch's step, in all processes."""
+        return min(self.batch_size, self.used - step * self.batch_size)
+
     def in_order(self) -> Iterator[Tensor]:
-        """Yield every image once, normalised and unaugmented, in the split's own order: for evaluation."""
-        for images in self.images.split(self.batch_size):
+        """Yield every image once, normalised and unaugmented, in the split's own order: for evaluation.
+
+        With several processes, each takes consecutive batches, whole: they are computed as one process computes them.
+        """
+        batches = self.images.split(self.batch_size)
+        first, last = (len(batches) * rank // self.size for rank in (self.rank, self.rank + 1))
+        for images in batches[first:last] or (self.images[:0],):
             yield self.normalize(images).contiguous(memory_format=self.memory_format)
+
+    def _part(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # The whole batch is prepared everywhere: its images share one stream of random numbers, and mixup mixes them.
+        return images.tensor_split(self.size)[self.rank], targets.tensor_split(self.size)[self.rank]
 
     def _prepare(self, index: Tensor, epoch: int, first: int) -> tuple[Tensor, Tensor]:
         images, targets = self.images.index_select(0, index), self.labels.index_select(0, index)
