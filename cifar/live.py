@@ -115,6 +115,8 @@ class View:
             for handler in logging.getLogger().handlers:
                 if isinstance(handler, logging.StreamHandler) and handler.stream is out:
                     handler.setStream(sys.stdout)
+        elif self.before:
+            print(f"{self.before} of {self.jobs} jobs done already", flush=True)
         self._thread.start()
 
     def stop(self) -> None:

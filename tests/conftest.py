@@ -16,7 +16,11 @@ REPOSITORY = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _own_machine(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads the user's W&B key or writes to the user's cache."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "HYDRA_FULL_ERROR", "CIFAR_TARGETS", "CIFAR_ROOT"):
+    # WANDB_SERVICE is set by a W&B run of the tests' own process: a command would write through that process's service.
+    for name in (
+        *("WANDB_API_KEY", "WANDB_MODE", "WANDB_SERVICE"),
+        *("HYDRA_FULL_ERROR", "CIFAR_TARGETS", "CIFAR_ROOT"),
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # tests run side by side, each with a core of its own

@@ -211,7 +211,8 @@ def test_a_killed_sweep_repeats_only_what_is_missing(command: Command, tmp_path:
     done = command("train", *settings, "trainer.epochs=30")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "sweep" / "0" / "result.json").read_bytes() == first
-    assert "sweep/0: finished already" in done.stdout
+    assert "1 of 3 jobs done already" in done.stdout
+    assert "sweep/0: finished already" in (tmp_path / "sweep" / "0" / "train.log").read_text()
     assert [Run(tmp_path / "sweep" / str(job)).result()["status"] for job in range(3)] == ["finished"] * 3
 
 

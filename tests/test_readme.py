@@ -63,6 +63,8 @@ def test_commands_that_need_the_network_compose(line: str) -> None:
 @pytest.mark.parametrize("line", [line for line in CLUSTER if "cifar.train" in line])
 def test_commands_for_a_cluster_compose(line: str) -> None:
     overrides = [word for word in shlex.split(line.partition("-m cifar.train ")[2]) if word != "-m"]
+    if "hydra/launcher=ray" in overrides:
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs pip install 'cifar[ray]'")
     given = [re.sub(r"=range\(.*|=([^,\[]+),.*", lambda match: f"={match[1] or 0}", override) for override in overrides]
     with initialize_config_dir(CONF, version_base="1.3"):
         cfg = compose("config", [*given, "hydra.job.num=0", "hydra.job.id=0"], return_hydra_config=True)
