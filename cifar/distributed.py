@@ -7,13 +7,13 @@ validation) is the same number everywhere, so all take the same steps and leave 
 Without torchrun there is one process, and nothing here imports torch.distributed or takes time in a step.
 """
 
-import atexit
 import functools
 import inspect
 import io
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -308,6 +308,26 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Run a command's body; where it was one of several processes, end here, before Python takes itself apart.
+
+    DistributedDataParallel keeps gloo's threads to the last, and one that then wants Python aborts the process. NCCL may
+    wait for a peer that is gone.
+    """
+    status: Any = 0
+    try:
+        yield
+    except SystemExit as left:
+        if not started_by_torchrun():
+            raise
+        status = left.code
+    if started_by_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+
+
 @functools.cache
 def world() -> World:
     """Return the processes of this run; with several, meet them first. One per process, as torch's process group is."""
@@ -322,8 +342,6 @@ def world() -> World:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     met = World(dist.get_rank(), dist.get_world_size())
     met.peers = met._gather((socket.gethostname(), os.getpid()))
-    if not on_gpu:  # gloo's threads abort a process that ends without; NCCL may wait for a peer that is gone
-        atexit.register(dist.destroy_process_group)
     # torchrun ends the others with SIGTERM when one has failed: they stay to say so. A run itself takes signals (see agreed).
     for number in STOPPING:
         signal.signal(number, lambda *_: None)

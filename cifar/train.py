@@ -186,7 +186,7 @@ failures: list[BaseException] = []  # of the jobs that ran in this process
 
 def cli() -> None:
     """The command: exits 0 only when every job finished."""
-    with reported():
+    with distributed.leaving(), reported():
         if not distributed.world().leads:
             follow()
             return
