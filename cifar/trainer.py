@@ -178,6 +178,28 @@ class Trainer:
         # A batch that overflows has been through BatchNorm's running statistics by the time it shows.
         before = [buffer.clone() for buffer in state.model.buffers()] if self.on_nonfinite == "skip" else []
         state.optimizer.zero_grad(set_to_none=True)
+        total, correct, finite = self.backward(state, forward, loss, images, targets, whole)
+        if not finite:
+            for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
+                buffer.copy_(value)
+            return False
+        if self.clip_norm is not None:
+            gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+            nn.utils.clip_grads_with_norm_(state.parameters, self.clip_norm, nn.utils.get_total_norm(gradients))
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        state.window.add(total, correct, whole)
+        return True
+
+    def backward(
+        self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor, whole: int
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Give each parameter its gradient of the mean loss over the batch of `whole` images.
+
+        Returns that loss (), how many predictions were right (), and whether loss and gradients are finite.
+        """
         losses, rights = [], []
         parts = images.chunk(self.accumulate)
         for part, part_targets in zip(parts, targets.chunk(self.accumulate), strict=True):
@@ -196,23 +218,11 @@ class Trainer:
         if self.world.size > 1:
             total, correct = self.world.join(state.model)
         state.scaler.unscale_(state.optimizer)
-        gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
         wrong = ~total.isfinite()
         # In fp16 a gradient may overflow: the scaler sees it, leaves out the step and lowers its scale.
         if self.precision != "fp16":
-            wrong |= any_not_finite(gradients)
-        if wrong.item():
-            for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
-                buffer.copy_(value)
-            return False
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(state.parameters, self.clip_norm, nn.utils.get_total_norm(gradients))
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
-        state.window.add(total, correct, whole)
-        return True
+            wrong |= any_not_finite([parameter.grad for parameter in state.parameters if parameter.grad is not None])
+        return total, correct, not wrong.item()
 
     def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
         """Return loss and accuracy on the validation split as `val/loss`, `val/accuracy`."""
