@@ -107,7 +107,12 @@ def wandb(
         # The run's folder holds code version, machine and console output already; W&B's own collectors would add the
         # home path, the full command line and the list of installed packages.
         settings=client.Settings(
-            console="off", silent=True, x_disable_meta=True, save_code=False, x_save_requirements=False
+            reinit="create_new",  # jobs that train as one have their runs side by side
+            console="off",
+            silent=True,
+            x_disable_meta=True,
+            save_code=False,
+            x_save_requirements=False,
         ),
     )
     failed = True

@@ -31,7 +31,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferred = False
+        self.is_deferred = False
 
     def __bool__(self) -> bool:
         """Whether a signal has asked to stop."""
@@ -45,31 +45,38 @@ class Stop:
     @contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:
         """Within this context the signal only sets the flag (or, with False, interrupts at once, also if it came before)."""
-        previous, self._deferred = self._deferred, deferred
+        previous, self.is_deferred = self.is_deferred, deferred
         try:
             if self and not deferred:
                 raise self.interrupted("")
             yield
         finally:
-            self._deferred = previous
+            self.is_deferred = previous
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """Take a signal; a second SIGINT leaves at once, whatever is under way."""
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        if not self._deferred:
+        if not self.is_deferred:
             raise self.interrupted("between two checkpoints")
+
+
+_active: Stop | None = None  # what the handlers in place set
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Yield what SIGINT, SIGTERM and SIGUSR1 ask, and put the previous handlers back.
 
-    SIGUSR2 too, where it has a handler: submitit's, which puts a job back in the queue. It has its turn after the save.
+    Within another such context its Stop is yielded: jobs that train as one are stopped together. SIGUSR2 too, where it has a handler: submitit's, which puts a job back in the queue. It has its turn after the save.
 
     Outside the main thread Python delivers no signals, and nothing is installed.
     """
+    global _active
+    if _active is not None:
+        yield _active
+        return
     stop = Stop()
     stopping = list(STOPPING)
     if hasattr(signal, "SIGUSR2") and callable(signal.getsignal(signal.SIGUSR2)):
@@ -78,8 +85,10 @@ def stop_on_signals() -> Iterator[Stop]:
         yield stop
         return
     previous = {number: signal.signal(number, stop.handle) for number in stopping}
+    _active = stop
     try:
         yield stop
     finally:
+        _active = None
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cifar import distributed
+from cifar import distributed, fused, launcher
 from cifar.config import CONF, build, check, config_hash, help_text, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment, relative
@@ -76,17 +76,27 @@ def fit_and_test(
     device = trainer.torch_device
     result["environment"] = environment(device) | {"processes": world.size}
 
-    source = build(cfg.data)()
+    group = fused.group()
+    if group:
+        group.join(trainer)
+    source, data_key = build(cfg.data)(), repr((settings["data"], device))
     with world.in_turn():
-        data = source.load()
-    data = data.to(device)
+        data = fused.once(data_key, lambda: source.load().to(device))
     normalize = Normalize(data.mean, data.std, device)
     augment = build(cfg.augment)(len(data.classes))
     batches = partial(
-        Batches, normalize=normalize, memory_format=trainer.memory_format, rank=world.rank, size=world.size
+        Batches,
+        normalize=normalize,
+        memory_format=trainer.memory_format,
+        rank=world.rank,
+        size=world.size,
+        shared=group is not None,
     )
-    training = batches(
-        data.train, batch_size=source.batch_size, augment=augment, drop_last=source.drop_last, seed=cfg.seed
+    training = fused.once(
+        (data_key, repr(settings["augment"]), cfg.seed),
+        lambda: batches(
+            data.train, batch_size=source.batch_size, augment=augment, drop_last=source.drop_last, seed=cfg.seed
+        ),
     )
     validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
     test = batches(data.test, batch_size=trainer.eval_batch_size)
@@ -197,6 +207,7 @@ def cli() -> None:
             print(help_text([argument for argument in arguments if not argument.startswith("-")]))
             return
         sys.argv[1:] = arguments_of_resumed_run(arguments)
+        launcher.register()
         try:
             main()
         finally:

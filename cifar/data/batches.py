@@ -47,8 +47,12 @@ class Batches:
         memory_format: torch.memory_format = torch.contiguous_format,
         rank: int = 0,
         size: int = 1,
+        shared: bool = False,
     ) -> None:
-        """With several processes (`size`), iteration gives the part of each batch that is process `rank`'s."""
+        """With several processes (`size`), iteration gives the part of each batch that is process `rank`'s.
+
+        `shared` keeps what was prepared last, for others who iterate in step: they get the same tensors.
+        """
         self.images = split.images
         self.labels = split.labels
         self.normalize = normalize
@@ -60,6 +64,8 @@ class Batches:
         first_turn = torch.randint(2, self.labels.shape, generator=self._generator("cpu", "turn"))
         self.first_turn = first_turn.to(self.images.device)
         self.rank, self.size = rank, size
+        self.shared = shared
+        self._newest: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
         """Steps an epoch."""
@@ -78,7 +84,11 @@ class Batches:
         steps_a_chunk = max(1, CHUNK // self.batch_size)
         for first in range(start - start % steps_a_chunk, len(self), steps_a_chunk):
             index = order[first * self.batch_size : (first + steps_a_chunk) * self.batch_size]
-            images, targets = self._prepare(index, epoch, first)
+            if self._newest is not None and self._newest[0] == (epoch, first):
+                images, targets = self._newest[1]
+            else:
+                images, targets = self._prepare(index, epoch, first)
+                self._newest = ((epoch, first), (images, targets)) if self.shared else None
             batches = zip(images.split(self.batch_size), targets.split(self.batch_size), strict=True)
             for step, batch in enumerate(batches, start=first):
                 if step >= start:

@@ -1,0 +1,251 @@
+"""Jobs of a sweep that train side by side in one process, as one network: each runs as it would alone, up to each step's
+forward and backward pass, where it waits for the others.
+
+A job is a greenlet: it has its own stack of calls, and gives way only where `Group.backward` says so, so that nothing else of a
+run knows of the others. When all wait, their gradients are computed in one pass (`cifar.stack`) and each goes on: its own
+optimizer, schedule, log, checkpoints, W&B run. A job that fails or ends leaves; one that goes on from a checkpoint joins
+wherever it is.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import greenlet
+
+from cifar.signals import Interrupted, Stop, stop_on_signals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifar.checkpoint import State
+    from cifar.stack import Loss, Stack
+    from cifar.trainer import Forward, Trainer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Answer = tuple["Tensor", "Tensor", bool]
+
+
+@dataclass
+class Request:
+    """What a job waits for: the gradients of its loss over its batch."""
+
+    trainer: "Trainer"
+    state: "State"
+    loss: "Loss"
+    images: "Tensor"
+    targets: "Tensor"
+
+
+@dataclass(eq=False)
+class Member:
+    """One job, and what it would have to itself in a process of its own."""
+
+    greenlet: greenlet.greenlet
+    request: Request | None = None
+    handlers: list[logging.Handler] = field(default_factory=lambda: logging.root.handlers[:])  # one writes its train.log
+    generators: dict[str, "Tensor"] | None = None  # states of torch's global generators
+    deferred: bool = False  # whether a signal waits for its next step
+
+    @property
+    def started(self) -> bool:
+        """Whether it has begun."""
+        return self.generators is not None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has begun and not ended."""
+        return self.started and not self.greenlet.dead
+
+
+class Group:
+    """Jobs that are trained as one."""
+
+    def __init__(self, jobs: Sequence[Callable[[], T]]) -> None:
+        """Take what runs each job to its end."""
+        self.results: list[Any] = [None] * len(jobs)
+        self.members = [Member(greenlet.greenlet(self._body(number, job))) for number, job in enumerate(jobs)]
+        self.stop = Stop()
+        self._made: dict[Any, Any] = {}
+        self._stacks: dict[tuple[Member, ...], Stack] = {}
+        self._works = self._alone = False  # whether the networks are known to be stackable, or not to be
+        self._current: Member | None = None
+
+    def run(self) -> list[Any]:
+        """Run all jobs to their ends; return what each returned. Raises the first Interrupted once all have saved."""
+        import torch
+
+        global _group
+        _group, interrupted = self, None
+        threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+        try:
+            with stop_on_signals() as self.stop, self.stop.deferred():
+                waiting, answers = self.members, {}
+                while waiting:
+                    for member in waiting:
+                        if self.stop and not member.started:
+                            continue
+                        try:
+                            self._switch(member, answers.get(member))
+                        except Interrupted as stopped:
+                            interrupted = interrupted or stopped
+                    waiting = [member for member in waiting if member.runs]
+                    answers = self._answer(waiting)
+        finally:
+            for member in self.members:
+                if member.runs:  # what ended the others is on its way to whoever can tell of it
+                    with contextlib.suppress(BaseException):
+                        self._switch(member, KeyboardInterrupt("stopped along with another job"))
+            _group = None
+            torch.set_num_threads(threads)
+            torch.backends.mkldnn.enabled = onednn  # type: ignore[assignment]
+        if interrupted:
+            raise interrupted
+        return self.results
+
+    def once(self, key: Any, make: Callable[[], T]) -> T:
+        """Return what the first job made under this key: data that several jobs read."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def join(self, trainer: "Trainer") -> None:
+        """Have the steps of `trainer` computed along with those of the other jobs."""
+        plain = trainer.backward
+
+        def backward(
+            state: "State", forward: "Forward", loss: "Loss", images: "Tensor", targets: "Tensor", whole: int
+        ) -> Answer:
+            assert self._current is not None
+            self._current.request = Request(trainer, state, loss, images, targets)
+            answer = self._current.greenlet.parent.switch()
+            return plain(state, forward, loss, images, targets, whole) if answer is None else answer
+
+        trainer.backward = backward  # type: ignore[method-assign]
+
+    def _body(self, number: int, job: Callable[[], Any]) -> Callable[[Any], None]:
+        def body(_: Any) -> None:
+            self.results[number] = job()
+
+        return body
+
+    def _switch(self, member: Member, answer: "Answer | BaseException | None") -> None:
+        """Let a job go on to its next request or its end, with its own log, generators and way to take signals."""
+        handlers, deferred = logging.root.handlers[:], self.stop.is_deferred
+        self._current = member
+        logging.root.handlers[:], self.stop.is_deferred = member.handlers, member.deferred
+        if member.generators is not None:
+            _set_generators(member.generators)
+        try:
+            if isinstance(answer, BaseException):
+                member.greenlet.throw(answer)
+            else:
+                member.greenlet.switch(answer)
+        finally:
+            member.handlers, member.deferred = logging.root.handlers[:], self.stop.is_deferred
+            member.generators = _get_generators()
+            logging.root.handlers[:], self.stop.is_deferred = handlers, deferred
+            self._current = None
+
+    @contextmanager
+    def _as(self, member: Member) -> Iterator[None]:
+        """Within this context random numbers are drawn as a job's own."""
+        assert member.generators is not None
+        _set_generators(member.generators)
+        yield
+        member.generators = _get_generators()
+
+    def _answer(self, waiting: Sequence[Member]) -> dict[Member, Answer]:
+        """Compute what the jobs wait for, those with batches of one shape together; none where they must do it themselves."""
+        answers: dict[Member, Answer] = {}
+        for members in self._teams(waiting):
+            if len(members) > 1 and not self._alone:
+                answers |= self._compute(members)
+        return answers
+
+    def _teams(self, waiting: Sequence[Member]) -> list[list[Member]]:
+        """Divide jobs by the shape of their batches and, where several share each batch, by the batch: it is computed once."""
+        by_shape: dict[Any, list[Member]] = {}
+        by_batch: dict[Any, list[Member]] = {}
+        for member in waiting:
+            assert member.request is not None
+            images, targets = member.request.images, member.request.targets
+            shape = images.shape, targets.shape
+            by_shape.setdefault(shape, []).append(member)
+            by_batch.setdefault((shape, images.data_ptr()), []).append(member)
+        return list(by_batch.values() if 4 * len(by_batch) <= len(waiting) else by_shape.values())
+
+    def _compute(self, members: list[Member]) -> dict[Member, Answer]:
+        requests = [member.request for member in members if member.request is not None]
+        images, trainer = [request.images for request in requests], requests[0].trainer
+        if (stack := self._stacks.get(tuple(members))) is None:
+            from cifar.stack import CannotStackError
+
+            try:
+                stack = self._stack(members, requests)
+            except CannotStackError as error:
+                log.warning("not fused, each job computes its own steps: %s", error)
+                self._alone = True
+                return {}
+        losses, rights, finite = stack.backward(
+            images,
+            [request.targets for request in requests],
+            [request.loss for request in requests],
+            trainer.autocast(),
+            trainer.accumulate,
+        )
+        return dict(zip(members, zip(losses.unbind(), rights.unbind(), finite, strict=True), strict=True))
+
+    def _stack(self, members: list[Member], requests: list[Request]) -> "Stack":
+        """Stack the networks of these jobs, which leaves any other stack that one of them was in without it."""
+        import torch
+
+        from cifar.stack import Stack
+
+        self._stacks = {other: stack for other, stack in self._stacks.items() if not {*other} & {*members}}
+        stack = Stack([request.state.model for request in requests], lambda number: self._as(members[number]))
+        if not self._works:
+            stack.rehearse(requests[0].images, requests[0].trainer.autocast())
+            self._works = True
+        # Each job may have as many threads as it asked for, and kernels for large work suit what is large together.
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(min(cores, sum(request.trainer.threads or cores for request in requests)))
+        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+        self._stacks[tuple(members)] = stack
+        return stack
+
+
+_group: Group | None = None
+
+
+def group() -> Group | None:
+    """Return the group that the job under way belongs to; None for one that runs by itself."""
+    return _group
+
+
+def once(key: Any, make: Callable[[], T]) -> T:
+    """Return what `make` makes: for jobs that train as one, what it made for the first that asked under `key`."""
+    return make() if _group is None else _group.once(key, make)
+
+
+def _get_generators() -> dict[str, "Tensor"]:
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: dict[str, "Tensor"]) -> None:
+    import torch
+
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

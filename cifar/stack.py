@@ -1,0 +1,274 @@
+"""Several networks of one kind as one: their weights stacked, their losses and gradients computed in one pass.
+
+`torch.func.vmap` maps a plain `nn.Module` over a leading dimension, so any model of this project works as it is. Where its
+rule for an operation is slow or can't be what each network would do alone, an equal form takes its place (`FASTER`).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[int], AbstractContextManager[None]]
+
+# A convolution of one network with so many multiplications fills the device by itself: the networks then take turns.
+BIG_CONVOLUTION = 2**26
+
+
+class Stack:
+    """The networks of `models`, which stay usable: their parameters and buffers become views into the stacked ones."""
+
+    def __init__(self, models: Sequence[nn.Module], draw: Draw = lambda j: nullcontext()) -> None:
+        """Take networks of one architecture, on one device. `draw(j)` is a context in which network j draws random numbers."""
+        self.models, self.draw = list(models), draw
+        self.template = copy.deepcopy(models[0]).to("meta")
+        for name, module in self.template.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                alone = [model.get_submodule(name) for model in models]
+                module.forward = partial(self._dropout, alone)  # type: ignore[assignment]
+        named = [dict(model.named_parameters()) for model in models]
+        self.names = list(named[0])
+        stacked = {name: torch.stack([own[name].detach() for own in named]) for name in self.names}
+        for j, own in enumerate(named):
+            for name, parameter in own.items():
+                parameter.data = stacked[name][j]
+        self.trained = [name for name in self.names if named[0][name].requires_grad]
+        self.parameters = {name: value.requires_grad_(name in self.trained) for name, value in stacked.items()}
+        self.number = torch.arange(len(models))
+        # Position by position, where each network keeps its trained parameters: gradients are handed out at every step.
+        self.owners = [[own[name] for own in named] for name in self.trained]
+        self.buffers = {}
+        for name, _ in models[0].named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            owners = [model.get_submodule(owner) for model in models]
+            self.buffers[name] = torch.stack([module._buffers[leaf] for module in owners])  # type: ignore[arg-type]
+            for module, view in zip(owners, self.buffers[name].unbind(), strict=True):
+                module._buffers[leaf] = view
+
+    def backward(
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        losses: Sequence[Loss],
+        autocast: AbstractContextManager[Any],
+        parts: int = 1,
+    ) -> tuple[Tensor, Tensor, list[bool]]:
+        """Give each network's parameters their gradients of its own mean loss over its own batch.
+
+        All batches have one shape, images `(b, c, h, w)`, and one kind of targets; where all are the same tensor, what can be
+        shared is computed once. A batch is computed in `parts`, whose gradients add up. Returns each network's loss `(n,)`,
+        right predictions `(n,)`, and whether its loss and gradients are finite.
+        """
+        x, x_dim = _stacked(images)
+        y, y_dim = _stacked(targets)
+        leaves = [self.parameters[name] for name in self.trained]
+        totals, rights, gradients = 0, 0, None
+        self.template.train(self.models[0].training)
+        x_parts, y_parts = x.chunk(parts, x.ndim - 4), y.chunk(parts, 0 if y_dim is None else 1)
+        for part, part_targets in zip(x_parts, y_parts, strict=True):
+            with autocast, Faster():
+                logits = vmap(self._forward, in_dims=(0, 0, 0, x_dim))(self.number, self.parameters, self.buffers, part)
+                values = _losses(losses, logits, part_targets, y_dim)
+            if len(x_parts) > 1:
+                values = values * (logits.shape[1] / x.shape[-4])
+            computed = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
+            if gradients is None:
+                gradients = computed
+            else:
+                torch._foreach_add_([g for g in gradients if g is not None], [g for g in computed if g is not None])
+            totals = values.detach() + totals
+            labels = part_targets if not part_targets.is_floating_point() else part_targets.argmax(-1)
+            rights = (logits.detach().argmax(-1) == labels).sum(-1) + rights
+        assert gradients is not None
+        handed_out = []
+        for owners, gradient in zip(self.owners, gradients, strict=True):
+            if gradient is not None:
+                handed_out.append(gradient.contiguous())  # optimizers' kernels take it to lie as its parameter does
+                for parameter, view in zip(owners, handed_out[-1].unbind(), strict=True):
+                    parameter.grad = view
+        return totals, rights, _finite(totals, handed_out)
+
+    def rehearse(self, images: Tensor, autocast: AbstractContextManager[Any]) -> None:
+        """Try a forward pass that changes nothing; CannotStackError where vmap does not take these networks."""
+        draw, self.draw = self.draw, lambda j: nullcontext()
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        self.template.train(self.models[0].training)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), autocast, Faster():
+                vmap(self._forward, in_dims=(0, 0, 0, None))(self.number, self.parameters, buffers, images)
+        except RuntimeError as error:
+            raise CannotStackError(str(error).partition(". ")[0]) from error
+        finally:
+            self.draw = draw
+
+    def _forward(
+        self, number: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor
+    ) -> Tensor:
+        self._number = number  # mapped, so that a layer that all networks would share can be told apart
+        return functional_call(self.template, (parameters, buffers), (images,))
+
+    def _dropout(self, alone: list[nn.Module], images: Tensor) -> Tensor:
+        """Inside vmap: each network's own dropout layer, with its own rate and its own random numbers, in turn."""
+
+        def every(_: Tensor, stacked: Tensor) -> Tensor:
+            dropped = []
+            for j, module in enumerate(alone):
+                with self.draw(j):
+                    dropped.append(module(stacked[j]))
+            return torch.stack(dropped)
+
+        return _Physical.apply(every, self._number, images)
+
+
+class CannotStackError(RuntimeError):
+    """A network that can't be mapped over; the message says why."""
+
+
+class Faster(TorchFunctionMode):
+    """Within this context, and inside vmap, some functions are computed in another, equal form."""
+
+    def __torch_function__(
+        self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the other form where there is one for these arguments."""
+        keywords = keywords or {}
+        if arguments and _is_mapped(arguments[0]):
+            images = arguments[0]
+            if function is torch.conv2d and _is_big(images, arguments[1]):
+                # vmap makes one grouped convolution of them, which leaves the kernels for large ones unused.
+                return in_turn(torch.conv2d, *arguments, **keywords)
+            if function is torch.max_pool2d and images.device.type == "cpu" and _halves(*arguments, **keywords):
+                return _Physical.apply(_HalvingPool.apply, images)
+        return function(*arguments, **keywords)
+
+
+def in_turn(function: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+    """Inside vmap: compute `function` for one network after the other."""
+
+    def every(*stacked: Any) -> Tensor:
+        n = next(len(value) for value in stacked if isinstance(value, Tensor))
+        split = [value.unbind() if isinstance(value, Tensor) else [value] * n for value in stacked]
+        return torch.stack([function(*own, **keywords) for own in zip(*split, strict=True)])
+
+    return _Physical.apply(every, *arguments)
+
+
+class _Physical(torch.autograd.Function):
+    """Inside vmap: call a function with the stacked tensors themselves, the networks' dimension first in each."""
+
+    @staticmethod
+    def forward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return function(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, function: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, int]:
+        def stacked(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+
+        return function(*map(stacked, arguments, in_dims[1:])), 0
+
+
+class _HalvingPool(torch.autograd.Function):
+    """`max_pool2d(x, 2)` over the last two dimensions, without the branch a pixel that torch's kernel has on a CPU.
+
+    Of equal values the first, row by row, has the gradient, as in torch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        a, b, c, d = _quarters(x)
+        top, bottom = torch.maximum(a, b), torch.maximum(c, d)
+        ctx.save_for_backward(x, top, bottom)
+        return torch.maximum(top, bottom)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, top, bottom = ctx.saved_tensors
+        out = torch.empty_like(x)
+        (a, b, c, d), (ga, gb, gc, gd) = _quarters(x), _quarters(out)
+        above = gradient * (top >= bottom)
+        below = gradient - above
+        torch.mul(above, a >= b, out=ga)
+        torch.sub(above, ga, out=gb)
+        torch.mul(below, c >= d, out=gc)
+        torch.sub(below, gc, out=gd)
+        return out
+
+
+def _quarters(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
+
+
+def _halves(
+    images: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> bool:
+    """Whether these arguments of max_pool2d ask for windows of 2 x 2 side by side that cover the images."""
+    even = not any(side % 2 for side in images.shape[-2:])
+    plain = padding in (0, (0, 0)) and dilation in (1, (1, 1)) and not return_indices
+    return even and plain and kernel_size in (2, (2, 2)) and stride in (None, 2, (2, 2))
+
+
+def _is_big(images: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution of one network is large enough to fill the device by itself."""
+    return weight.numel() * len(images) * math.prod(images.shape[2:]) >= BIG_CONVOLUTION
+
+
+def _is_mapped(value: Any) -> bool:
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> tuple[Tensor, int | None]:
+    """Return them stacked, and vmap's dimension: None, and the first alone, where all are one and the same."""
+    first = tensors[0]
+    if all(other.data_ptr() == first.data_ptr() for other in tensors[1:]):
+        return first, None
+    return torch.stack(list(tensors)), 0
+
+
+def _losses(losses: Sequence[Loss], logits: Tensor, targets: Tensor, targets_dim: int | None) -> Tensor:
+    """Return each network's loss `(n,)`; networks with the same loss and settings are computed as one."""
+    kinds: dict[Any, list[int]] = {}
+    for j, loss in enumerate(losses):
+        kinds.setdefault(_kind(loss), []).append(j)
+    if len(kinds) == 1:
+        return vmap(losses[0], in_dims=(0, targets_dim))(logits, targets)
+    values: list[Tensor] = [logits] * len(losses)
+    for members in kinds.values():
+        own = targets if targets_dim is None else targets[members]
+        computed = vmap(losses[members[0]], in_dims=(0, targets_dim))(logits[members], own)
+        for j, value in zip(members, computed.unbind(), strict=True):
+            values[j] = value
+    return torch.stack(values)
+
+
+def _kind(loss: Loss) -> Any:
+    return (loss.func, tuple(sorted(loss.keywords.items()))) if isinstance(loss, partial) else loss
+
+
+def _finite(losses: Tensor, gradients: Sequence[Tensor]) -> list[bool]:
+    """Return for each network whether its loss and all of its gradients are finite; `gradients` are `(n, ...)`."""
+    finite = losses.isfinite()
+    if not (finite.all() & torch.stack(torch._foreach_norm(gradients)).isfinite().all()):  # one pass where all is well
+        for gradient in gradients:
+            finite &= gradient.flatten(1).isfinite().all(1)
+    return finite.tolist()
