@@ -8,11 +8,14 @@ wherever it is.
 """
 
 import contextlib
+import copy
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import greenlet
@@ -49,7 +52,9 @@ class Member:
 
     greenlet: greenlet.greenlet
     request: Request | None = None
-    handlers: list[logging.Handler] = field(default_factory=lambda: logging.root.handlers[:])  # one writes its train.log
+    handlers: list[logging.Handler] = field(
+        default_factory=lambda: logging.root.handlers[:]
+    )  # one writes its train.log
     generators: dict[str, "Tensor"] | None = None  # states of torch's global generators
     deferred: bool = False  # whether a signal waits for its next step
 
@@ -67,47 +72,65 @@ class Member:
 class Group:
     """Jobs that are trained as one."""
 
-    def __init__(self, jobs: Sequence[Callable[[], T]]) -> None:
-        """Take what runs each job to its end."""
+    def __init__(self, jobs: Sequence[Callable[[], T]], most: int | None = None) -> None:
+        """Take what runs each job to its end, and how many may train at a time; None: as many as fit the memory."""
+        self.most = most
         self.results: list[Any] = [None] * len(jobs)
         self.members = [Member(greenlet.greenlet(self._body(number, job))) for number, job in enumerate(jobs)]
         self.stop = Stop()
+        self._hub = greenlet.getcurrent()  # where the steps are computed
         self._made: dict[Any, Any] = {}
         self._stacks: dict[tuple[Member, ...], Stack] = {}
         self._works = self._alone = False  # whether the networks are known to be stackable, or not to be
         self._current: Member | None = None
+        self._interrupted: Interrupted | None = None
 
     def run(self) -> list[Any]:
         """Run all jobs to their ends; return what each returned. Raises the first Interrupted once all have saved."""
         import torch
 
         global _group
-        _group, interrupted = self, None
+        _group = self
         threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
         try:
             with stop_on_signals() as self.stop, self.stop.deferred():
-                waiting, answers = self.members, {}
-                while waiting:
-                    for member in waiting:
-                        if self.stop and not member.started:
-                            continue
-                        try:
-                            self._switch(member, answers.get(member))
-                        except Interrupted as stopped:
-                            interrupted = interrupted or stopped
-                    waiting = [member for member in waiting if member.runs]
-                    answers = self._answer(waiting)
+                to_come = self.members[:]
+                while to_come and not self.stop:
+                    self._go_on(first := to_come.pop(0))
+                    if not first.runs:
+                        continue
+                    wave, size = [first], self._size(first, 1 + len(to_come))
+                    while len(wave) < size and to_come and not self.stop:
+                        self._go_on(to_come[0])
+                        wave.append(to_come.pop(0))
+                    while waiting := [member for member in wave if member.runs]:
+                        answers = self._answer(waiting)
+                        for member in waiting:
+                            self._go_on(member, answers.get(member))
         finally:
             for member in self.members:
                 if member.runs:  # what ended the others is on its way to whoever can tell of it
                     with contextlib.suppress(BaseException):
-                        self._switch(member, KeyboardInterrupt("stopped along with another job"))
+                        self._go_on(member, KeyboardInterrupt("stopped along with another job"))
             _group = None
             torch.set_num_threads(threads)
-            torch.backends.mkldnn.enabled = onednn  # type: ignore[assignment]
-        if interrupted:
-            raise interrupted
+            torch.backends.mkldnn.enabled = onednn
+        if self._interrupted:
+            raise self._interrupted
         return self.results
+
+    def _size(self, first: Member, jobs: int) -> int:
+        """Return how many of so many jobs to come train together: as few waves as fit the memory, of about one size."""
+        assert first.request is not None
+        most = self.most
+        if most is None:
+            most = max(1, int(available_memory(first.request) // memory_a_job(first.request)))
+        waves = -(-jobs // most)
+        size = -(-jobs // waves)
+        if waves > 1:
+            why = "too many for the memory" if self.most is None else "more than hydra.launcher.max_jobs"
+            log.info("%d jobs are %s: %d at a time", jobs, why, size)
+        return size
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
         """Return what the first job made under this key: data that several jobs read."""
@@ -124,7 +147,7 @@ class Group:
         ) -> Answer:
             assert self._current is not None
             self._current.request = Request(trainer, state, loss, images, targets)
-            answer = self._current.greenlet.parent.switch()
+            answer = self._hub.switch()
             return plain(state, forward, loss, images, targets, whole) if answer is None else answer
 
         trainer.backward = backward  # type: ignore[method-assign]
@@ -135,7 +158,7 @@ class Group:
 
         return body
 
-    def _switch(self, member: Member, answer: "Answer | BaseException | None") -> None:
+    def _go_on(self, member: Member, answer: "Answer | BaseException | None" = None) -> None:
         """Let a job go on to its next request or its end, with its own log, generators and way to take signals."""
         handlers, deferred = logging.root.handlers[:], self.stop.is_deferred
         self._current = member
@@ -147,6 +170,8 @@ class Group:
                 member.greenlet.throw(answer)
             else:
                 member.greenlet.switch(answer)
+        except Interrupted as interrupted:
+            self._interrupted = self._interrupted or interrupted
         finally:
             member.handlers, member.deferred = logging.root.handlers[:], self.stop.is_deferred
             member.generators = _get_generators()
@@ -232,6 +257,39 @@ def group() -> Group | None:
 def once(key: Any, make: Callable[[], T]) -> T:
     """Return what `make` makes: for jobs that train as one, what it made for the first that asked under `key`."""
     return make() if _group is None else _group.once(key, make)
+
+
+def memory_a_job(request: Request) -> int:
+    """Return about how many bytes one more job takes: its weights with all that is kept of each, and its backward pass."""
+    import torch
+
+    model, kept = copy.deepcopy(request.state.model), {}
+
+    def keep(value: "Tensor") -> "Tensor":
+        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.random.fork_rng(), request.trainer.autocast():
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+            graph = request.loss(model(request.images.chunk(request.trainer.accumulate)[0]), request.targets)
+        del graph
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    # Its own weights, stacked ones and those averaged, gradients as computed and as handed out, and up to two moments;
+    # what the backward pass keeps, and the gradients of it.
+    return 7 * weights + 2 * sum(kept.values())
+
+
+def available_memory(request: Request) -> float:
+    """Return how many bytes the jobs of a group may take on the device: four fifths of what is free."""
+    import torch
+
+    if request.images.is_cuda:
+        return 0.8 * torch.cuda.mem_get_info(request.images.device)[0]
+    try:
+        [free] = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        return 0.8 * 1024 * int(free)
+    except (OSError, ValueError):  # not Linux: half of what there is
+        return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _get_generators() -> dict[str, "Tensor"]:

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +55,9 @@ class FusedLauncher(Launcher):
         setup_globals()
         self._configure_log()
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        jobs = {number: self._compose(number, list(given)) for number, given in enumerate(job_overrides, initial_job_idx)}
+        jobs = {
+            number: self._compose(number, list(given)) for number, given in enumerate(job_overrides, initial_job_idx)
+        }
         groups = divide({number: _settings(config) for number, config in jobs.items()})
         log.info("Launching %d jobs, fused into %d group%s", len(jobs), len(groups), "s" * (len(groups) != 1))
         for number, given in enumerate(job_overrides, initial_job_idx):
@@ -63,14 +66,13 @@ class FusedLauncher(Launcher):
             log.info("%s", line)
         hydra_cfg, returns = HydraConfig.instance().cfg, {}
         for numbers in (list(group) for group in groups):
-            for some in _waves(numbers, self.max_jobs or len(numbers)):
-                if len(some) == 1:
-                    returns[some[0]] = self._run(jobs[some[0]])
-                else:
-                    ran = Group([lambda number=number: self._run(jobs[number]) for number in some]).run()
-                    returns |= dict(zip(some, ran, strict=True))
-                HydraConfig.instance().cfg = hydra_cfg
-                self._configure_log()
+            if len(numbers) == 1:
+                returns[numbers[0]] = self._run(jobs[numbers[0]])
+            else:
+                each = [partial(self._run, jobs[number]) for number in numbers]
+                returns |= dict(zip(numbers, Group(each, self.max_jobs).run(), strict=True))
+            HydraConfig.instance().cfg = hydra_cfg
+            self._configure_log()
         return [returns[number] for number in jobs]
 
     def _compose(self, number: int, overrides: list[str]) -> DictConfig:
@@ -141,12 +143,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ", ".join(f"#{first}" if first == last else f"#{first}-{last}" for first, last in runs)
-
-
-def _waves(numbers: list[int], most: int) -> list[list[int]]:
-    """Divide the jobs of a group into as few parts of at most `most`, of about one size."""
-    parts = -(-len(numbers) // most)
-    return [numbers[len(numbers) * part // parts : len(numbers) * (part + 1) // parts] for part in range(parts)]
 
 
 def _settings(config: DictConfig) -> dict[str, Any]:

@@ -69,7 +69,9 @@ _active: Stop | None = None  # what the handlers in place set
 def stop_on_signals() -> Iterator[Stop]:
     """Yield what SIGINT, SIGTERM and SIGUSR1 ask, and put the previous handlers back.
 
-    Within another such context its Stop is yielded: jobs that train as one are stopped together. SIGUSR2 too, where it has a handler: submitit's, which puts a job back in the queue. It has its turn after the save.
+    Within another such context its Stop is yielded: jobs that train as one are stopped together.
+
+    SIGUSR2 too, where it has a handler: submitit's, which puts a job back in the queue. It has its turn after the save.
 
     Outside the main thread Python delivers no signals, and nothing is installed.
     """

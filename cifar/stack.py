@@ -8,10 +8,11 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
@@ -33,7 +34,7 @@ class Stack:
         for name, module in self.template.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 alone = [model.get_submodule(name) for model in models]
-                module.forward = partial(self._dropout, alone)  # type: ignore[assignment]
+                module.forward = partial(self._dropout, alone)
         named = [dict(model.named_parameters()) for model in models]
         self.names = list(named[0])
         stacked = {name: torch.stack([own[name].detach() for own in named]) for name in self.names}
@@ -49,7 +50,7 @@ class Stack:
         for name, _ in models[0].named_buffers():
             owner, _, leaf = name.rpartition(".")
             owners = [model.get_submodule(owner) for model in models]
-            self.buffers[name] = torch.stack([module._buffers[leaf] for module in owners])  # type: ignore[arg-type]
+            self.buffers[name] = torch.stack([module.get_buffer(leaf) for module in owners])
             for module, view in zip(owners, self.buffers[name].unbind(), strict=True):
                 module._buffers[leaf] = view
 
@@ -70,31 +71,28 @@ class Stack:
         x, x_dim = _stacked(images)
         y, y_dim = _stacked(targets)
         leaves = [self.parameters[name] for name in self.trained]
-        totals, rights, gradients = 0, 0, None
         self.template.train(self.models[0].training)
+        totals, rights, gradients = [], [], []
         x_parts, y_parts = x.chunk(parts, x.ndim - 4), y.chunk(parts, 0 if y_dim is None else 1)
         for part, part_targets in zip(x_parts, y_parts, strict=True):
-            with autocast, Faster():
+            with autocast:
                 logits = vmap(self._forward, in_dims=(0, 0, 0, x_dim))(self.number, self.parameters, self.buffers, part)
                 values = _losses(losses, logits, part_targets, y_dim)
             if len(x_parts) > 1:
                 values = values * (logits.shape[1] / x.shape[-4])
-            computed = torch.autograd.grad(values.sum(), leaves, allow_unused=True)
-            if gradients is None:
-                gradients = computed
-            else:
-                torch._foreach_add_([g for g in gradients if g is not None], [g for g in computed if g is not None])
-            totals = values.detach() + totals
-            labels = part_targets if not part_targets.is_floating_point() else part_targets.argmax(-1)
-            rights = (logits.detach().argmax(-1) == labels).sum(-1) + rights
-        assert gradients is not None
+            gradients.append(torch.autograd.grad(values.sum(), leaves, allow_unused=True))
+            totals.append(values.detach())
+            labels = part_targets.argmax(-1) if part_targets.is_floating_point() else part_targets
+            rights.append((logits.detach().argmax(-1) == labels).sum(-1))
         handed_out = []
-        for owners, gradient in zip(self.owners, gradients, strict=True):
-            if gradient is not None:
-                handed_out.append(gradient.contiguous())  # optimizers' kernels take it to lie as its parameter does
+        for owners, of_parts in zip(self.owners, zip(*gradients, strict=True), strict=True):
+            if of_parts[0] is not None:
+                # An optimizer's kernel takes a gradient to lie in memory as its parameter does.
+                handed_out.append(reduce(torch.add, of_parts).contiguous())
                 for parameter, view in zip(owners, handed_out[-1].unbind(), strict=True):
                     parameter.grad = view
-        return totals, rights, _finite(totals, handed_out)
+        total = reduce(torch.add, totals)
+        return total, reduce(torch.add, rights), _finite(total, handed_out)
 
     def rehearse(self, images: Tensor, autocast: AbstractContextManager[Any]) -> None:
         """Try a forward pass that changes nothing; CannotStackError where vmap does not take these networks."""
@@ -102,7 +100,7 @@ class Stack:
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         self.template.train(self.models[0].training)
         try:
-            with torch.no_grad(), torch.random.fork_rng(), autocast, Faster():
+            with torch.no_grad(), torch.random.fork_rng(), autocast:
                 vmap(self._forward, in_dims=(0, 0, 0, None))(self.number, self.parameters, buffers, images)
         except RuntimeError as error:
             raise CannotStackError(str(error).partition(". ")[0]) from error
@@ -113,7 +111,8 @@ class Stack:
         self, number: Tensor, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor
     ) -> Tensor:
         self._number = number  # mapped, so that a layer that all networks would share can be told apart
-        return functional_call(self.template, (parameters, buffers), (images,))
+        with Faster():
+            return functional_call(self.template, (parameters, buffers), (images,))
 
     def _dropout(self, alone: list[nn.Module], images: Tensor) -> Tensor:
         """Inside vmap: each network's own dropout layer, with its own rate and its own random numbers, in turn."""
@@ -145,7 +144,7 @@ class Faster(TorchFunctionMode):
             if function is torch.conv2d and _is_big(images, arguments[1]):
                 # vmap makes one grouped convolution of them, which leaves the kernels for large ones unused.
                 return in_turn(torch.conv2d, *arguments, **keywords)
-            if function is torch.max_pool2d and images.device.type == "cpu" and _halves(*arguments, **keywords):
+            if function is F.max_pool2d and images.device.type == "cpu" and _halves(*arguments, **keywords):
                 return _Physical.apply(_HalvingPool.apply, images)
         return function(*arguments, **keywords)
 
@@ -265,7 +264,7 @@ def _kind(loss: Loss) -> Any:
     return (loss.func, tuple(sorted(loss.keywords.items()))) if isinstance(loss, partial) else loss
 
 
-def _finite(losses: Tensor, gradients: Sequence[Tensor]) -> list[bool]:
+def _finite(losses: Tensor, gradients: list[Tensor]) -> list[bool]:
     """Return for each network whether its loss and all of its gradients are finite; `gradients` are `(n, ...)`."""
     finite = losses.isfinite()
     if not (finite.all() & torch.stack(torch._foreach_norm(gradients)).isfinite().all()):  # one pass where all is well
