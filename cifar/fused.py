@@ -91,7 +91,7 @@ class Group:
 
         global _group
         _group = self
-        threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+        self._threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
         try:
             with stop_on_signals() as self.stop, self.stop.deferred():
                 to_come = self.members[:]
@@ -113,7 +113,7 @@ class Group:
                     with contextlib.suppress(BaseException):
                         self._go_on(member, KeyboardInterrupt("stopped along with another job"))
             _group = None
-            torch.set_num_threads(threads)
+            torch.set_num_threads(self._threads)
             torch.backends.mkldnn.enabled = onednn
         if self._interrupted:
             raise self._interrupted
@@ -239,8 +239,8 @@ class Group:
             stack.rehearse(requests[0].images, requests[0].trainer.autocast())
             self._works = True
         # Each job may have as many threads as it asked for, and kernels for large work suit what is large together.
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(min(cores, sum(request.trainer.threads or cores for request in requests)))
+        asked = sum(request.trainer.threads or self._threads for request in requests)
+        torch.set_num_threads(min(self._threads, asked))
         torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         self._stacks[tuple(members)] = stack
         return stack
@@ -266,12 +266,13 @@ def memory_a_job(request: Request) -> int:
     model, kept = copy.deepcopy(request.state.model), {}
 
     def keep(value: "Tensor") -> "Tensor":
-        kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        kept[value.data_ptr()] = max(value.nbytes, kept.get(value.data_ptr(), 0))
         return value
 
+    images, targets = (whole.chunk(request.trainer.accumulate)[0] for whole in (request.images, request.targets))
     with torch.random.fork_rng(), request.trainer.autocast():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-            graph = request.loss(model(request.images.chunk(request.trainer.accumulate)[0]), request.targets)
+            graph = request.loss(model(images), targets)
         del graph
     weights = sum(value.nbytes for value in model.state_dict().values())
     # Its own weights, stacked ones and those averaged, gradients as computed and as handed out, and up to two moments;
