@@ -263,7 +263,8 @@ def memory_a_job(request: Request) -> int:
     """Return about how many bytes one more job takes: its weights with all that is kept of each, and its backward pass."""
     import torch
 
-    model, kept = copy.deepcopy(request.state.model), {}
+    model = copy.deepcopy(request.state.model)
+    kept: dict[int, int] = {}
 
     def keep(value: "Tensor") -> "Tensor":
         kept[value.data_ptr()] = max(value.nbytes, kept.get(value.data_ptr(), 0))
