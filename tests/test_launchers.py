@@ -65,7 +65,7 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_requeued(command: Command,
         cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     job = tmp_path / "sweep" / "0"
-    while not (job / "metrics.jsonl").exists():
+    while not ((job / "metrics.jsonl").exists() and read_rows(job)):  # the file is there, empty, before the first step
         assert process.poll() is None
         time.sleep(0.02)
     [controller] = [path.name.split("_")[0] for path in (tmp_path / "sweep" / ".submitit").glob("*/*_submitted.pkl")]
