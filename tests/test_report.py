@@ -293,6 +293,8 @@ def test_in_chromium(browser: Any, tmp_path: Path, folder: Path, scheme: str, wi
     tab.wait_for_selector("body[data-drawn]")
     assert tab.evaluate("document.querySelectorAll('.plot svg.main-svg').length") >= 4
     assert tab.evaluate("document.documentElement.scrollWidth") <= width  # only tables scroll sideways
+    widest = "Math.max(...[...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect().right))"
+    assert tab.evaluate(widest) <= width  # no plot's figures lie beyond the edge
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (scheme == "light")
 

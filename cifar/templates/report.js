@@ -207,10 +207,11 @@ function drawParallel() {
       bgcolor: css("--back"), opacity: 0.85, font: { size: 11 },
     }));
   });
+  element("parallel").style.minWidth = `${5.5 * dimensions.length}rem`; // with more settings a phone scrolls
   return draw(element("parallel"), used, {
     annotations: among.length ? annotations : [],
     shapes: dimensions.map((_, d) => ({ type: "line", x0: d, x1: d, y0: 0, y1: 1, line: { color: css("--faint"), width: 1 }, layer: "below" })),
-    xaxis: { tickvals: [...dimensions.keys()], ticktext: dimensions.map(({ name }) => plain(name)), range: [-0.4, dimensions.length - 0.6], showgrid: false, zeroline: false, fixedrange: true, side: "top" },
+    xaxis: { tickvals: [...dimensions.keys()], ticktext: dimensions.map(({ key, name }) => (key === "result" && narrow() ? "result, %" : plain(name))), range: [-0.4, dimensions.length - 0.6], showgrid: false, zeroline: false, fixedrange: true, side: "top" },
     yaxis: { visible: false, range: [-0.06, 1.06], fixedrange: true },
     margin: { l: 20, r: 40, t: 40, b: 15 }, hovermode: "closest",
   });
