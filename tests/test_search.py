@@ -206,3 +206,5 @@ def test_without_the_extra_the_line_names_it() -> None:
     missing = MissingConfigException("Could not find", "hydra/sweeper/optuna", ["basic"])
     said = "hydra/sweeper=optuna: no such choice; hydra/sweeper can be basic; pip install 'cifar[optuna]' adds optuna"
     assert one_line(missing) == said
+    missing = MissingConfigException("In 'hydra/launcher/ray_local': Could not load", "hydra/launcher/ray", None)
+    assert one_line(missing) == "hydra/launcher=ray: no such choice; pip install 'cifar[ray]' adds ray"
