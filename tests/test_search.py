@@ -167,6 +167,7 @@ def test_trials_side_by_side(command: Command, tmp_path: Path) -> None:
     assert len(states) == 2
     assert done.returncode == int("fail" in states)
     assert "is launching 2 jobs" in done.stdout
+    assert "alembic" not in done.stdout
 
 
 def test_history_and_importances_are_the_studys(tmp_path: Path) -> None:
