@@ -209,7 +209,7 @@ def search(comparison: Comparison) -> Section | None:
         if shares := found["importances"]:
             bars = {"type": "bar", "orientation": "h", "x": [*shares.values()], "y": [plain(name) for name in shares]}
             axes = {
-                "xaxis": {"title": {"text": "importance: a random forest's share of the variance"}},
+                "xaxis": {"title": {"text": "importance: a random forest's<br>share of the variance"}},
                 "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
             }
             html += figure([bars], axes, height=120 + 30 * len(shares), label=max(map(len, shares)))
