@@ -18,13 +18,14 @@ def one_line(error: BaseException) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not set: give it as {error.full_key}=VALUE"
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        said = f"{group}={choice}: no such choice; {group} can be {', '.join(sorted(error.options))}"
+    if isinstance(error, MissingConfigException) and "/" in (missing := error.missing_cfg_file or ""):
+        group, _, choice = missing.rpartition("/")
+        said = f"{group}={choice}: no such choice"
+        if error.options:  # none are known where another file asked for it, as launcher/ray_local does
+            said += f"; {group} can be {', '.join(sorted(error.options))}"
         extra = choice.partition("_")[0]
-        return (
-            f"{said}; pip install 'cifar[{extra}]' adds {choice}" if extra in ("joblib", "submitit", "optuna") else said
-        )
+        adds = extra in ("joblib", "submitit", "optuna", "ray")
+        return f"{said}; pip install 'cifar[{extra}]' adds {choice}" if adds else said
     if isinstance(error, ConfigCompositionException) and (override := re.match(r"Could not override '(.+?)'", message)):
         return (
             f"{override[1]}: no such setting{suggestion(override[1])} `python -m cifar.train --cfg job` lists them all"

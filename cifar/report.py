@@ -75,9 +75,12 @@ def render(comparison: Comparison) -> str:
     )
 
 
-def figure(data: list[dict[str, Any]], layout: dict[str, Any], height: int = 400) -> Markup:
-    """Return a plot, given as plotly.js takes it (plotly.com/javascript/reference); the page adds its colours and fonts."""
-    return _macro("figure")({"data": data, "layout": layout}, height)
+def figure(data: list[dict[str, Any]], layout: dict[str, Any], height: int = 400, label: int = 0) -> Markup:
+    """Return a plot, given as plotly.js takes it (plotly.com/javascript/reference); the page adds its colours and fonts.
+
+    `label` is the length in characters of the longest label beside it: a plot too wide for a phone scrolls sideways.
+    """
+    return _macro("figure")({"data": data, "layout": layout}, height, 12 + 0.4 * label)
 
 
 def best(comparison: Comparison) -> Section | None:
@@ -143,7 +146,7 @@ def luck(comparison: Comparison) -> Section | None:
             "xaxis": {"title": {"text": "mean and its 95 % interval, %" + f" (best {MEANS})" * (len(groups) > MEANS)}},
             "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
         }
-        plot = figure([means], layout, height=90 + 28 * len(groups[top]))
+        plot = figure([means], layout, height=90 + 28 * len(groups[top]), label=max(map(len, labels[top])))
     p_values = [None, *(versus.difference.p_holm for versus in comparison.versus)]
     rows = [
         (
@@ -206,10 +209,10 @@ def search(comparison: Comparison) -> Section | None:
         if shares := found["importances"]:
             bars = {"type": "bar", "orientation": "h", "x": [*shares.values()], "y": [plain(name) for name in shares]}
             axes = {
-                "xaxis": {"title": {"text": "importance: a random forest's share of the variance"}},
+                "xaxis": {"title": {"text": "importance: a random forest's<br>share of the variance"}},
                 "yaxis": {"autorange": "reversed", "type": "category", "automargin": True},
             }
-            html += figure([bars], axes, height=120 + 30 * len(shares))
+            html += figure([bars], axes, height=120 + 30 * len(shares), label=max(map(len, shares)))
     return Section("Search", html) if html else None
 
 

@@ -50,10 +50,10 @@ def prepare(config: DictConfig) -> int:
     if not sweeper.storage:
         return 0
 
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it speaks when imported, so before that
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     Path(config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(

@@ -127,7 +127,7 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on(one: Path, tmp_pa
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_all_at_one_step_and_two_go_on(sent: signal.Signals, one: Path, tmp_path: Path) -> None:
     process = start(tmp_path, 2, *RUN, "hydra.run.dir=run", "trainer.epochs=2000", "schedule=constant")
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not read_rows(tmp_path / "run"):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(sent)

@@ -293,6 +293,8 @@ def test_in_chromium(browser: Any, tmp_path: Path, folder: Path, scheme: str, wi
     tab.wait_for_selector("body[data-drawn]")
     assert tab.evaluate("document.querySelectorAll('.plot svg.main-svg').length") >= 4
     assert tab.evaluate("document.documentElement.scrollWidth") <= width  # only tables scroll sideways
+    widest = "Math.max(...[...document.querySelectorAll('.plot')].map(plot => plot.getBoundingClientRect().right))"
+    assert tab.evaluate(widest) <= width  # no plot's figures lie beyond the edge
     background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", background)[:3])) > 380) == (scheme == "light")
 
@@ -318,6 +320,7 @@ def test_in_chromium(browser: Any, tmp_path: Path, folder: Path, scheme: str, wi
     assert column("job") == ["24"]
     tab.fill("#filter", "")
     tab.check("#average")
+    assert tab.input_value("#kind") == "heatmap"
     tab.select_option("#kind", "scatter")
     tab.select_option("#across", "seed")
     tab.fill("#smoothing", "0.6")
@@ -325,6 +328,18 @@ def test_in_chromium(browser: Any, tmp_path: Path, folder: Path, scheme: str, wi
     assert tab.evaluate("window.hurt") is None
     assert said == []
     assert asked == [path.as_uri()]
+    tab.close()
+
+
+def test_a_searchs_settings_are_points_of_a_plane(browser: Any, tmp_path: Path) -> None:
+    for job in range(6):
+        config = settings(optimizer__lr=0.01 * 1.3**job, optimizer__momentum=0.8 + 0.03 * job)
+        make(tmp_path / "search" / str(job), config, val=0.5 + job / 100)
+    path = write_report(compare([tmp_path / "search"]), tmp_path / "report.html")
+    tab = browser.new_page()
+    tab.goto(path.as_uri())
+    tab.wait_for_selector("body[data-drawn]")
+    assert tab.input_value("#kind") == "scatter"
     tab.close()
 
 

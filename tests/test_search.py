@@ -167,6 +167,7 @@ def test_trials_side_by_side(command: Command, tmp_path: Path) -> None:
     assert len(states) == 2
     assert done.returncode == int("fail" in states)
     assert "is launching 2 jobs" in done.stdout
+    assert "alembic" not in done.stdout
 
 
 def test_history_and_importances_are_the_studys(tmp_path: Path) -> None:
@@ -206,3 +207,5 @@ def test_without_the_extra_the_line_names_it() -> None:
     missing = MissingConfigException("Could not find", "hydra/sweeper/optuna", ["basic"])
     said = "hydra/sweeper=optuna: no such choice; hydra/sweeper can be basic; pip install 'cifar[optuna]' adds optuna"
     assert one_line(missing) == said
+    missing = MissingConfigException("In 'hydra/launcher/ray_local': Could not load", "hydra/launcher/ray", None)
+    assert one_line(missing) == "hydra/launcher=ray: no such choice; pip install 'cifar[ray]' adds ray"

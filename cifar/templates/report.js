@@ -63,7 +63,7 @@ const narrow = () => innerWidth < 640;
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const keys = Object.keys(page.columns);
 const label = (run) => page.group_columns.map((key) => `${page.columns[key]} ${shown(runs[run].settings[key])}`).join(", ");
-const described = (run) => plain(`job ${page.names[run]}: ${keys.map((key) => `${page.columns[key]} ${shown(runs[run].settings[key])}`).join(", ")}`);
+const described = (run) => plain(`job ${page.names[run]}: ${keys.map((key) => `${page.columns[key]} ${tidy(runs[run].settings[key])}`).join(", ")}`);
 
 function draw(node, data, layout = {}) {
   const axis = { gridcolor: css("--line"), linecolor: css("--line"), zerolinecolor: css("--line"), automargin: true };
@@ -207,12 +207,13 @@ function drawParallel() {
       bgcolor: css("--back"), opacity: 0.85, font: { size: 11 },
     }));
   });
+  element("parallel").style.minWidth = `${5.5 * dimensions.length}rem`; // with more settings a phone scrolls
   return draw(element("parallel"), used, {
     annotations: among.length ? annotations : [],
     shapes: dimensions.map((_, d) => ({ type: "line", x0: d, x1: d, y0: 0, y1: 1, line: { color: css("--faint"), width: 1 }, layer: "below" })),
-    xaxis: { tickvals: [...dimensions.keys()], ticktext: dimensions.map(({ name }) => plain(name)), range: [-0.4, dimensions.length - 0.6], showgrid: false, zeroline: false, fixedrange: true, side: "top" },
+    xaxis: { tickvals: [...dimensions.keys()], ticktext: dimensions.map(({ key, name }) => (key === "result" && narrow() ? "result, %" : plain(name))), range: [-0.4, dimensions.length - 0.6], showgrid: false, zeroline: false, fixedrange: true, side: "top" },
     yaxis: { visible: false, range: [-0.06, 1.06], fixedrange: true },
-    margin: { l: 20, r: 40, t: 40, b: 15 }, hovermode: "closest",
+    margin: { l: 36, r: 40, t: 40, b: 15 }, hovermode: "closest",
   });
 }
 
@@ -285,8 +286,9 @@ if (element("plane")) {
   options("across", entries, first);
   options("up", entries, second);
   const among = [...runs.keys()].filter((run) => page.results[run] !== null);
-  const many = [first, second].some((key) => dimension(key, among).distinct.length > 20);
-  element("kind").value = many || second === "result" ? "scatter" : "heatmap";
+  const [columns, lines] = [first, second].map((key) => dimension(key, among).distinct.length);
+  // What a search has drawn from intervals is no grid: its map would be holes.
+  element("kind").value = columns * lines > 2 * among.length || second === "result" ? "scatter" : "heatmap";
   for (const id of ["across", "up", "kind"]) element(id).addEventListener("input", drawPlane);
   plots.push(drawPlane);
 }
