@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -22,6 +23,10 @@ Draw = Callable[[int], AbstractContextManager[None]]
 
 # A convolution of one network with so many multiplications fills the device by itself: the networks then take turns.
 BIG_CONVOLUTION = 2**26
+
+# Passes after which the operations of one are written down, to be repeated without autograd, vmap and the module's Python: for
+# small networks that is half of the time. Tracing takes a tenth of a second, once for each shape of a batch.
+TRACE_AFTER = 10
 
 
 class Stack:
@@ -44,6 +49,8 @@ class Stack:
         self.trained = [name for name in self.names if named[0][name].requires_grad]
         self.parameters = {name: value.requires_grad_(name in self.trained) for name, value in stacked.items()}
         self.number = torch.arange(len(models))
+        self._passes = 0
+        self._graphs: dict[Any, Callable[..., Any]] = {}
         # Position by position, where each network keeps its trained parameters: gradients are handed out at every step.
         self.owners = [[own[name] for own in named] for name in self.trained]
         self.buffers = {}
@@ -70,29 +77,71 @@ class Stack:
         """
         x, x_dim = _stacked(images)
         y, y_dim = _stacked(targets)
-        leaves = [self.parameters[name] for name in self.trained]
         self.template.train(self.models[0].training)
+        compute = partial(self._compute, losses=losses, x_dim=x_dim, y_dim=y_dim, parts=parts, autocast=autocast)
+        given = list(self.parameters.values()), list(self.buffers.values()), self.number, x, y
+        key = x.shape, x_dim, y.shape, y_dim, parts, self.template.training
+        self._passes += 1
+        if self._passes > TRACE_AFTER and key not in self._graphs and not self._is_random():
+            clones = [buffer.clone() for buffer in given[1]]  # tracing computes, and would count this batch twice
+            self._graphs[key] = _without_identities(make_fx(compute)(given[0], clones, *given[2:]))
+        with torch.no_grad():
+            total, right, gradients, finite = self._graphs.get(key, compute)(*given)
+        for owners, gradient in zip(self.owners, gradients, strict=True):
+            if gradient is not None:
+                for parameter, view in zip(owners, gradient.unbind(), strict=True):
+                    parameter.grad = view
+        if not finite:
+            return total, right, _finite(total, [gradient for gradient in gradients if gradient is not None])
+        return total, right, [True] * len(self.models)
+
+    def _compute(
+        self,
+        parameters: list[Tensor],
+        buffers: list[Tensor],
+        number: Tensor,
+        x: Tensor,
+        y: Tensor,
+        *,
+        losses: Sequence[Loss],
+        x_dim: int | None,
+        y_dim: int | None,
+        parts: int,
+        autocast: AbstractContextManager[Any],
+    ) -> tuple[Tensor, Tensor, list[Tensor | None], Tensor]:
+        """Return losses `(n,)`, right predictions `(n,)`, gradients `(n, ...)`, and whether all of these numbers are finite."""
+        named = dict(zip(self.names, (value.detach() for value in parameters), strict=True))
+        leaves = [named[name].requires_grad_() for name in self.trained]
+        of_buffers = dict(zip(self.buffers, buffers, strict=True))
         totals, rights, gradients = [], [], []
         x_parts, y_parts = x.chunk(parts, x.ndim - 4), y.chunk(parts, 0 if y_dim is None else 1)
         for part, part_targets in zip(x_parts, y_parts, strict=True):
-            with autocast:
-                logits = vmap(self._forward, in_dims=(0, 0, 0, x_dim))(self.number, self.parameters, self.buffers, part)
+            with torch.enable_grad(), autocast:
+                logits = vmap(self._forward, in_dims=(0, 0, 0, x_dim))(number, named, of_buffers, part)
                 values = _losses(losses, logits, part_targets, y_dim)
-            if len(x_parts) > 1:
-                values = values * (logits.shape[1] / x.shape[-4])
-            gradients.append(torch.autograd.grad(values.sum(), leaves, allow_unused=True))
+                if len(x_parts) > 1:
+                    values = values * (logits.shape[1] / x.shape[-4])
+                gradients.append(torch.autograd.grad(values.sum(), leaves, allow_unused=True))
             totals.append(values.detach())
             labels = part_targets.argmax(-1) if part_targets.is_floating_point() else part_targets
             rights.append((logits.detach().argmax(-1) == labels).sum(-1))
-        handed_out = []
-        for owners, of_parts in zip(self.owners, zip(*gradients, strict=True), strict=True):
-            if of_parts[0] is not None:
-                # An optimizer's kernel takes a gradient to lie in memory as its parameter does.
-                handed_out.append(reduce(torch.add, of_parts).contiguous())
-                for parameter, view in zip(owners, handed_out[-1].unbind(), strict=True):
-                    parameter.grad = view
         total = reduce(torch.add, totals)
-        return total, reduce(torch.add, rights), _finite(total, handed_out)
+        # An optimizer's kernel takes a gradient to lie in memory as its parameter does.
+        summed = [
+            None if of_parts[0] is None else reduce(torch.add, of_parts).contiguous()
+            for of_parts in zip(*gradients, strict=True)
+        ]
+        norms = torch._foreach_norm([gradient for gradient in summed if gradient is not None])
+        return total, reduce(torch.add, rights), summed, torch.stack([total.sum(), *norms]).isfinite().all()
+
+    def _is_random(self) -> bool:
+        """Whether a pass draws random numbers, from a generator for each network: a graph would know but one."""
+        return any(
+            module.training and module.p > 0
+            for model in self.models
+            for module in model.modules()
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+        )
 
     def rehearse(self, images: Tensor, autocast: AbstractContextManager[Any]) -> None:
         """Try a forward pass that changes nothing; CannotStackError where vmap does not take these networks."""
@@ -144,6 +193,8 @@ class Faster(TorchFunctionMode):
             if function is torch.conv2d and _is_big(images, arguments[1]):
                 # vmap makes one grouped convolution of them, which leaves the kernels for large ones unused.
                 return in_turn(torch.conv2d, *arguments, **keywords)
+            if function is F.linear and images.ndim == 2 and _is_mapped(arguments[1]):
+                return _Physical.apply(_Linear.apply, *arguments)
             if function is F.max_pool2d and images.device.type == "cpu" and _halves(*arguments, **keywords):
                 return _Physical.apply(_HalvingPool.apply, images)
         return function(*arguments, **keywords)
@@ -179,6 +230,25 @@ class _Physical(torch.autograd.Function):
             return value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
 
         return function(*map(stacked, arguments, in_dims[1:])), 0
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` of stacked images `(n, b, in)`, weights `(n, out, in)` and biases `(n, out)`, where there are such.
+
+    vmap's own form leaves the weights' gradients transposed in memory: an optimizer would need a copy of each.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.mT if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_bias = gradient.sum(1) if ctx.needs_input_grad[2:] == (True,) else None
+        return of_x, gradient.mT @ x, of_bias
 
 
 class _HalvingPool(torch.autograd.Function):
@@ -267,7 +337,19 @@ def _kind(loss: Loss) -> Any:
 def _finite(losses: Tensor, gradients: list[Tensor]) -> list[bool]:
     """Return for each network whether its loss and all of its gradients are finite; `gradients` are `(n, ...)`."""
     finite = losses.isfinite()
-    if not (finite.all() & torch.stack(torch._foreach_norm(gradients)).isfinite().all()):  # one pass where all is well
-        for gradient in gradients:
-            finite &= gradient.flatten(1).isfinite().all(1)
+    for gradient in gradients:
+        finite &= gradient.flatten(1).isfinite().all(1)
     return finite.tolist()
+
+
+def _without_identities(graph: fx.GraphModule) -> fx.GraphModule:
+    """Take out of a graph the operations that return what they are given: one in five, at a microsecond each."""
+    for node in list(graph.graph.nodes):
+        same = node.target == torch.ops.aten.alias.default
+        if node.target == torch.ops.aten.permute.default:
+            same = list(node.args[1]) == list(range(len(node.args[1])))
+        if same:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph

@@ -59,9 +59,13 @@ def assert_equal_to_alone(networks, alone, images, targets, losses, returned, pa
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap has no rule for attention: it loops
+@pytest.mark.parametrize("traced", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_each_network_has_the_gradients_it_would_have_alone(name: str, shared: bool) -> None:
+def test_each_network_has_the_gradients_it_would_have_alone(
+    name: str, shared: bool, traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack, "TRACE_AFTER", 0 if traced else 10)
     make, side = MODELS[name]
     networks = [make() for _ in range(N)]
     alone = copy.deepcopy(networks)
@@ -99,7 +103,9 @@ def test_each_network_has_its_own_loss(shared: bool) -> None:
     assert_equal_to_alone(networks, alone, images, labels, losses, returned)
 
 
-def test_mixed_targets_and_parts_of_a_batch() -> None:
+@pytest.mark.parametrize("traced", [True, False])
+def test_mixed_targets_and_parts_of_a_batch(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack, "TRACE_AFTER", 0 if traced else 10)
     networks = [Net((3, 32, 32), 10) for _ in range(N)]
     alone = copy.deepcopy(networks)
     images, labels = batches(32, shared=False)
@@ -124,8 +130,10 @@ def test_a_network_that_diverged_is_told_apart() -> None:
     with torch.no_grad():
         networks[1].fc3.weight.fill_(float("inf"))
     images, labels = batches(32, shared=True)
-    *_, finite = Stack(networks).backward(images, labels, [cross_entropy] * N, nullcontext())
-    assert finite == [True, False, True]
+    stacked = Stack(networks)
+    for _ in range(stack.TRACE_AFTER + 2):  # traced in the end
+        *_, finite = stacked.backward(images, labels, [cross_entropy] * N, nullcontext())
+        assert finite == [True, False, True]
     assert all(p.grad.isfinite().all() for j in (0, 2) for p in networks[j].parameters())
 
 
