@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = (
+    8  # networks in one stack on a CPU: what it keeps of more no longer fits the caches, and a step takes longer for it
+)
+
 T = TypeVar("T")
 Answer = tuple["Tensor", "Tensor", bool]
 
@@ -204,7 +208,10 @@ class Group:
             shape = images.shape, targets.shape
             by_shape.setdefault(shape, []).append(member)
             by_batch.setdefault((shape, images.data_ptr()), []).append(member)
-        return list(by_batch.values() if 4 * len(by_batch) <= len(waiting) else by_shape.values())
+        teams = list(by_batch.values() if 4 * len(by_batch) <= len(waiting) else by_shape.values())
+        if waiting and not waiting[0].request.images.is_cuda:  # type: ignore[union-attr]
+            teams = [team[first : first + AT_ONCE] for team in teams for first in range(0, len(team), AT_ONCE)]
+        return teams
 
     def _compute(self, members: list[Member]) -> dict[Member, Answer]:
         requests = [member.request for member in members if member.request is not None]

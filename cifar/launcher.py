@@ -1,21 +1,40 @@
 """Hydra's launcher `fused`: trains the jobs of a sweep that differ only in what can be fused as one (`cifar.fused`)."""
 
 import logging
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.core.singleton import Singleton
+from hydra.core.utils import (
+    JobReturn,
+    JobRuntime,
+    JobStatus,
+    configure_log,
+    env_override,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from cifar.config import flatten, to_container
+from cifar.config import ConfigError, flatten, to_container
+from cifar.signals import Interrupted, stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +57,12 @@ class FusedLauncher(Launcher):
 
     __module__ = "hydra_plugins.cifar"  # see `register`
 
-    def __init__(self, max_jobs: int | None = None) -> None:
-        """Take how many jobs a group may have at most; None: as many as fit the memory."""
-        if max_jobs is not None and max_jobs < 1:
-            raise ValueError(f"hydra.launcher.max_jobs={max_jobs}: must be at least 1")
-        self.max_jobs = max_jobs
+    def __init__(self, max_jobs: int | None = None, processes: int | None = None) -> None:
+        """Take how many jobs train at a time, and how many processes share a group; see conf/hydra/launcher/fused.yaml."""
+        for name, value in (("max_jobs", max_jobs), ("processes", processes)):
+            if value is not None and value < 1:
+                raise ConfigError(f"hydra.launcher.{name}={value}: must be at least 1, or null")
+        self.max_jobs, self.processes = max_jobs, processes
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra gives each launcher."""
@@ -50,48 +70,42 @@ class FusedLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run all jobs; return what Hydra's `run_job` said of each, in their order."""
-        from cifar.fused import Group
-
         setup_globals()
-        self._configure_log()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
-        jobs = {
-            number: self._compose(number, list(given)) for number, given in enumerate(job_overrides, initial_job_idx)
-        }
+        jobs = {number: self._compose(number, given) for number, given in enumerate(job_overrides, initial_job_idx)}
         groups = divide({number: _settings(config) for number, config in jobs.items()})
         log.info("Launching %d jobs, fused into %d group%s", len(jobs), len(groups), "s" * (len(groups) != 1))
         for number, given in enumerate(job_overrides, initial_job_idx):
             log.info("\t#%d : %s", number, " ".join(filter_overrides(given)))
         for line in explain(groups):
             log.info("%s", line)
-        hydra_cfg, returns = HydraConfig.instance().cfg, {}
-        for numbers in (list(group) for group in groups):
-            if len(numbers) == 1:
-                returns[numbers[0]] = self._run(jobs[numbers[0]])
+        returns: dict[int, JobReturn] = {}
+        for group in groups:
+            parts = [{number: jobs[number] for number in part} for part in share(group, self._share(group))]
+            if len(parts) == 1:
+                returns |= run(parts[0], self.max_jobs, self.hydra_context, self.task_function)
             else:
-                each = [partial(self._run, jobs[number]) for number in numbers]
-                returns |= dict(zip(numbers, Group(each, self.max_jobs).run(), strict=True))
-            HydraConfig.instance().cfg = hydra_cfg
-            self._configure_log()
+                log.info("in %d processes: %s", len(parts), "; ".join(_ranges(list(part)) for part in parts))
+                returns |= run_in_processes(parts, self.max_jobs)
         return [returns[number] for number in jobs]
 
-    def _compose(self, number: int, overrides: list[str]) -> DictConfig:
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+    def _compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
         return config
 
-    def _run(self, config: DictConfig) -> JobReturn:
-        return run_job(
-            hydra_context=self.hydra_context,
-            task_function=self.task_function,
-            config=config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-
-    def _configure_log(self) -> None:
-        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+    def _share(self, group: dict[int, dict[str, Any]]) -> int:
+        """Return how many processes train a group: on a CPU one a core, each with two jobs or more, elsewhere one."""
+        if self.processes is not None:
+            return min(self.processes, len(group))
+        device = next(iter(group.values())).get("trainer", {}).get("device", "auto")
+        # Without torch, whose import the processes would wait for.
+        accelerated = sys.platform == "darwin" or Path("/dev/nvidia0").exists()
+        if device in ("cuda", "mps") or (device == "auto" and accelerated):
+            return 1
+        return max(1, min(_threads(), len(group) // 2))
 
 
 def register() -> None:
@@ -102,6 +116,103 @@ def register() -> None:
     Plugins.instance().register(FusedLauncher)
     package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     package.cifar = sys.modules["hydra_plugins.cifar"] = sys.modules[__name__]  # type: ignore[attr-defined]
+
+
+def run(
+    jobs: dict[int, DictConfig], max_jobs: int | None, context: HydraContext, task: TaskFunction
+) -> dict[int, JobReturn]:
+    """Train jobs, by number, as one in this process; return what `run_job` said of each."""
+    each = [
+        partial(
+            run_job,
+            hydra_context=context,
+            task_function=task,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+        for config in jobs.values()
+    ]
+    before, config = HydraConfig.instance().cfg, next(iter(jobs.values()))
+    try:
+        if len(jobs) == 1:
+            ran = [each[0]()]
+        else:
+            from cifar.fused import Group
+
+            ran = Group(each, max_jobs).run()
+    finally:
+        HydraConfig.instance().cfg = before
+        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    return dict(zip(jobs, ran, strict=True))
+
+
+def run_in_processes(parts: Sequence[dict[int, DictConfig]], max_jobs: int | None) -> dict[int, JobReturn]:
+    """Train each part as one in a process of its own, with its share of the threads. Raises Interrupted once all have saved."""
+    spawn = multiprocessing.get_context("spawn")
+    threads = {"OMP_NUM_THREADS": str(max(1, _threads() // len(parts)))}
+    most = None if max_jobs is None else -(-max_jobs // len(parts))
+    returns = {number: _lost(config) for part in parts for number, config in part.items()}
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        stack.enter_context(stop.deferred())
+        stack.enter_context(env_override(threads))
+        children = []
+        for part in parts:
+            ours, theirs = spawn.Pipe()
+            child = spawn.Process(target=_child, args=(part, most, theirs))
+            child.start()
+            theirs.close()
+            children.append((child, ours))
+        told = False
+        for child, ours in children:
+            while not ours.poll(0.1):
+                if stop and not told:
+                    told = True
+                    for other, _ in children:
+                        if other.is_alive():
+                            os.kill(other.pid, signal.SIGTERM)  # type: ignore[arg-type]
+            with suppress(EOFError):  # it was stopped, or died: its jobs' folders tell
+                returns |= ours.recv()
+            child.join()
+        if stop:
+            raise stop.interrupted("along with the jobs of the sweep")
+    return returns
+
+
+def _child(jobs: dict[int, DictConfig], max_jobs: int | None, results: Connection) -> None:
+    """In a process of its own: train jobs as one, and send what `run_job` said of each."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # a sweep that was killed must not go on: it will be started again
+
+    threading.Thread(target=follow, daemon=True).start()
+    from cifar.train import main
+
+    config = next(iter(jobs.values()))
+    setup_globals()
+    Singleton.instance(JobRuntime).set("name", config.hydra.job.name)
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    try:
+        results.send(run(jobs, max_jobs, HydraContext(None, Callbacks(config)), main.__wrapped__))  # type: ignore[arg-type]
+    except Interrupted as interrupted:
+        sys.exit(interrupted.status)
+
+
+def _lost(config: DictConfig) -> JobReturn:
+    """Return what is said of a job whose process said nothing."""
+    lost = JobReturn(overrides=list(config.hydra.overrides.task), status=JobStatus.FAILED)
+    lost.return_value = RuntimeError("its process ended without a word")
+    return lost
+
+
+def _threads() -> int:
+    """Return how many threads this command may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) else os.cpu_count() or 1
 
 
 def divide(jobs: dict[int, dict[str, Any]]) -> list[dict[int, dict[str, Any]]]:
@@ -116,6 +227,13 @@ def fixed(settings: dict[str, Any]) -> dict[str, Any]:
     """Return the settings, flat, that all jobs of a group have in common."""
     flat = flatten(settings)
     return {key: value for key, value in flat.items() if not any(f"{key}.".startswith(f"{name}.") for name in FUSABLE)}
+
+
+def share(group: dict[int, dict[str, Any]], processes: int) -> list[list[int]]:
+    """Divide the jobs of a group among processes, about evenly, those that train on the same batches together."""
+    by_batches = sorted(group, key=lambda number: (str(group[number].get("seed")), repr(group[number].get("data"))))
+    cuts = [len(group) * part // processes for part in range(processes + 1)]
+    return [sorted(by_batches[first:last]) for first, last in pairwise(cuts)]
 
 
 def explain(groups: list[dict[int, dict[str, Any]]]) -> list[str]:

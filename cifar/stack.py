@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[int], AbstractContextManager[None]]
+Compute = Callable[..., list[Any]]
 
 # A convolution of one network with so many multiplications fills the device by itself: the networks then take turns.
 BIG_CONVOLUTION = 2**26
@@ -50,7 +51,7 @@ class Stack:
         self.parameters = {name: value.requires_grad_(name in self.trained) for name, value in stacked.items()}
         self.number = torch.arange(len(models))
         self._passes = 0
-        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._graphs: dict[Any, Compute] = {}
         # Position by position, where each network keeps its trained parameters: gradients are handed out at every step.
         self.owners = [[own[name] for own in named] for name in self.trained]
         self.buffers = {}
@@ -78,15 +79,22 @@ class Stack:
         x, x_dim = _stacked(images)
         y, y_dim = _stacked(targets)
         self.template.train(self.models[0].training)
-        compute = partial(self._compute, losses=losses, x_dim=x_dim, y_dim=y_dim, parts=parts, autocast=autocast)
-        given = list(self.parameters.values()), list(self.buffers.values()), self.number, x, y
+        compute: Compute = partial(
+            self._compute, losses=losses, x_dim=x_dim, y_dim=y_dim, parts=parts, autocast=autocast
+        )
         key = x.shape, x_dim, y.shape, y_dim, parts, self.template.training
         self._passes += 1
         if self._passes > TRACE_AFTER and key not in self._graphs and not self._is_random():
-            clones = [buffer.clone() for buffer in given[1]]  # tracing computes, and would count this batch twice
-            self._graphs[key] = _without_identities(make_fx(compute)(given[0], clones, *given[2:]))
+            clones = [
+                buffer.clone() for buffer in self.buffers.values()
+            ]  # tracing computes: it would count this batch twice
+            traced = make_fx(compute)(self.number, x, y, *self.parameters.values(), *clones)
+            self._graphs[key] = _lean(traced)
         with torch.no_grad():
-            total, right, gradients, finite = self._graphs.get(key, compute)(*given)
+            compute = self._graphs.get(key, compute)
+            total, right, finite, *gradients = compute(
+                self.number, x, y, *self.parameters.values(), *self.buffers.values()
+            )
         for owners, gradient in zip(self.owners, gradients, strict=True):
             if gradient is not None:
                 for parameter, view in zip(owners, gradient.unbind(), strict=True):
@@ -97,22 +105,23 @@ class Stack:
 
     def _compute(
         self,
-        parameters: list[Tensor],
-        buffers: list[Tensor],
         number: Tensor,
         x: Tensor,
         y: Tensor,
-        *,
+        *state: Tensor,
         losses: Sequence[Loss],
         x_dim: int | None,
         y_dim: int | None,
         parts: int,
         autocast: AbstractContextManager[Any],
-    ) -> tuple[Tensor, Tensor, list[Tensor | None], Tensor]:
-        """Return losses `(n,)`, right predictions `(n,)`, gradients `(n, ...)`, and whether all of these numbers are finite."""
-        named = dict(zip(self.names, (value.detach() for value in parameters), strict=True))
+    ) -> list[Any]:
+        """Return losses `(n,)`, right predictions `(n,)`, whether all numbers are finite, and gradients `(n, ...)`.
+
+        `state` is the stacked parameters, then the buffers, which change in place.
+        """
+        named = dict(zip(self.names, (value.detach() for value in state[: len(self.names)]), strict=True))
         leaves = [named[name].requires_grad_() for name in self.trained]
-        of_buffers = dict(zip(self.buffers, buffers, strict=True))
+        of_buffers = dict(zip(self.buffers, state[len(self.names) :], strict=True))
         totals, rights, gradients = [], [], []
         x_parts, y_parts = x.chunk(parts, x.ndim - 4), y.chunk(parts, 0 if y_dim is None else 1)
         for part, part_targets in zip(x_parts, y_parts, strict=True):
@@ -132,7 +141,7 @@ class Stack:
             for of_parts in zip(*gradients, strict=True)
         ]
         norms = torch._foreach_norm([gradient for gradient in summed if gradient is not None])
-        return total, reduce(torch.add, rights), summed, torch.stack([total.sum(), *norms]).isfinite().all()
+        return [total, reduce(torch.add, rights), torch.stack([total.sum(), *norms]).isfinite().all(), *summed]
 
     def _is_random(self) -> bool:
         """Whether a pass draws random numbers, from a generator for each network: a graph would know but one."""
@@ -342,8 +351,8 @@ def _finite(losses: Tensor, gradients: list[Tensor]) -> list[bool]:
     return finite.tolist()
 
 
-def _without_identities(graph: fx.GraphModule) -> fx.GraphModule:
-    """Take out of a graph the operations that return what they are given: one in five, at a microsecond each."""
+def _lean(graph: fx.GraphModule) -> Compute:
+    """Take out of a traced graph what returns what it is given, one operation in five at a microsecond each."""
     for node in list(graph.graph.nodes):
         same = node.target == torch.ops.aten.alias.default
         if node.target == torch.ops.aten.permute.default:
@@ -351,5 +360,6 @@ def _without_identities(graph: fx.GraphModule) -> fx.GraphModule:
         if same:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+    graph.graph.set_codegen(fx.graph.CodeGen())  # arguments and results are flat already
     graph.recompile()
-    return graph
+    return graph.forward

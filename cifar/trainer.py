@@ -177,7 +177,6 @@ class Trainer:
         whole = len(images) if whole is None else whole
         # A batch that overflows has been through BatchNorm's running statistics by the time it shows.
         before = [buffer.clone() for buffer in state.model.buffers()] if self.on_nonfinite == "skip" else []
-        state.optimizer.zero_grad(set_to_none=True)
         total, correct, finite = self.backward(state, forward, loss, images, targets, whole)
         if not finite:
             for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
@@ -200,6 +199,7 @@ class Trainer:
 
         Returns that loss (), how many predictions were right (), and whether loss and gradients are finite.
         """
+        state.optimizer.zero_grad(set_to_none=True)
         losses, rights = [], []
         parts = images.chunk(self.accumulate)
         for part, part_targets in zip(parts, targets.chunk(self.accumulate), strict=True):
