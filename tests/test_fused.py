@@ -269,7 +269,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     assert process.returncode == (143 if received == signal.SIGTERM else -9), err
     steps = [checkpoint.load(Run(job).last)["step"] for job in jobs]
     if received == signal.SIGTERM:
-        assert processes == 2 or len({*steps}) == 1  # all saved at the step that they were at
+        assert processes == 2 or max(steps) - min(steps) <= 1  # the signal came between two jobs' turns
         stopped = [result for job in jobs if (result := Run(job).result())["status"] == "failed"]
         assert len(stopped) >= 2  # a job by itself may have ended already
         for result in stopped:
