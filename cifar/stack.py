@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.func import functional_call, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -85,9 +84,10 @@ class Stack:
         key = x.shape, x_dim, y.shape, y_dim, parts, self.template.training
         self._passes += 1
         if self._passes > TRACE_AFTER and key not in self._graphs and not self._is_random():
-            clones = [
-                buffer.clone() for buffer in self.buffers.values()
-            ]  # tracing computes: it would count this batch twice
+            from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
+
+            # Tracing computes: with the buffers themselves it would count this batch twice.
+            clones = [buffer.clone() for buffer in self.buffers.values()]
             traced = make_fx(compute)(self.number, x, y, *self.parameters.values(), *clones)
             self._graphs[key] = _lean(traced)
         with torch.no_grad():
@@ -190,22 +190,25 @@ class CannotStackError(RuntimeError):
 
 
 class Faster(TorchFunctionMode):
-    """Within this context, and inside vmap, some functions are computed in another, equal form."""
+    """Within this context some functions are computed in another, equal form: inside vmap, and pooling without gradients too."""
 
     def __torch_function__(
         self, function: Callable, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
     ) -> Any:
         """Take the other form where there is one for these arguments."""
         keywords = keywords or {}
-        if arguments and _is_mapped(arguments[0]):
+        if function is F.max_pool2d and arguments[0].device.type == "cpu" and _halves(*arguments, **keywords):
+            if _is_mapped(arguments[0]):
+                return _Physical.apply(_HalvingPool.apply, *arguments[:1])
+            if not torch.is_grad_enabled():
+                return _HalvingPool.apply(arguments[0])
+        elif arguments and _is_mapped(arguments[0]):
             images = arguments[0]
             if function is torch.conv2d and _is_big(images, arguments[1]):
                 # vmap makes one grouped convolution of them, which leaves the kernels for large ones unused.
                 return in_turn(torch.conv2d, *arguments, **keywords)
             if function is F.linear and images.ndim == 2 and _is_mapped(arguments[1]):
                 return _Physical.apply(_Linear.apply, *arguments)
-            if function is F.max_pool2d and images.device.type == "cpu" and _halves(*arguments, **keywords):
-                return _Physical.apply(_HalvingPool.apply, images)
         return function(*arguments, **keywords)
 
 
