@@ -4,9 +4,10 @@
     python -m benchmarks.fused IMAGES --growth [--png FILE]                           # 1, 2, 4, ... 256 jobs, fused
 
 The job is the tutorial's network for one epoch of a share of the images. The ways: Hydra's basic launcher, joblib's with two
-processes and the fused one, all with this project's trainer; ModelBatch, where it is installed, in a plain loop over batches in
-memory; and the tutorial's loop over a DataLoader with two workers, of which one job is run and counted for each. Ours are timed
-as whole commands, start, data, evaluation, table and page included; the two loops from the first batch to the last test image.
+processes and the fused one, all with this project's trainer; ModelBatch (modelbatch on PyPI), where it is installed, with its own
+optimizers in a plain loop over batches in memory; and the tutorial's loop over a DataLoader with two workers, of which one job is
+run and counted for each. Ours are timed as whole commands, start, data, evaluation, table and page included; the two loops from
+the first batch to the last test image.
 """
 
 import argparse
@@ -35,6 +36,7 @@ LAUNCHERS = {
 MODELBATCH = """
 import json, resource, sys, time, torch
 from modelbatch import ModelBatch
+from modelbatch.optimizer import OptimizerFactory
 from cifar.data.batches import Batches, Normalize
 from cifar.data.imagefolder import ImageFolder
 from cifar.models.net import Net
@@ -44,20 +46,13 @@ normalize = Normalize((0.5,) * 3, (0.5,) * 3)
 torch.manual_seed(0)
 models = [Net((3, 32, 32), 10) for _ in range(len(rates) * len(momenta))]
 batched = ModelBatch(models, shared_input=True)
-lr = torch.tensor([rate for rate in rates for _ in momenta])
-momentum = torch.tensor(momenta * len(rates))
-parameters = list(batched.parameters())
-moving = [torch.zeros_like(p) for p in parameters]
+configs = [{"lr": rate, "momentum": momentum} for rate in rates for momentum in momenta]
+optimizer = OptimizerFactory(torch.optim.SGD, {"lr": 0.001}).create_optimizer(batched, configs)
 started = time.perf_counter()
 for images, labels in Batches(data.train, normalize, batch).epoch(0):
-    outputs = batched(images)
-    loss = sum(torch.nn.functional.cross_entropy(output, labels) for output in outputs)
-    gradients = torch.autograd.grad(loss, parameters)
-    with torch.no_grad():
-        for p, g, m in zip(parameters, gradients, moving):
-            shape = (-1,) + (1,) * (p.ndim - 1)
-            m.mul_(momentum.view(shape)).add_(g)
-            p.addcmul_(m, lr.view(shape), value=-1)
+    optimizer.zero_grad()
+    batched.compute_loss(batched(images), labels, torch.nn.functional.cross_entropy).backward()
+    optimizer.step()
 correct = torch.zeros(len(models))
 with torch.no_grad():
     for images, labels in zip(Batches(data.test, normalize, 500).in_order(), data.test.labels.split(500)):

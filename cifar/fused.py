@@ -144,6 +144,10 @@ class Group:
 
     def join(self, trainer: "Trainer") -> None:
         """Have the steps of `trainer` computed along with those of the other jobs."""
+        if trainer.precision == "fp16" or trainer.compile:
+            why = "compile=true compiles" if trainer.compile else "precision=fp16 scales the loss of"
+            log.warning("not fused, one job after the other: trainer.%s each network by itself", why)
+            return
         plain = trainer.backward
 
         def backward(
@@ -210,7 +214,8 @@ class Group:
             by_batch.setdefault((shape, images.data_ptr()), []).append(member)
         teams = list(by_batch.values() if 4 * len(by_batch) <= len(waiting) else by_shape.values())
         if waiting and not waiting[0].request.images.is_cuda:  # type: ignore[union-attr]
-            teams = [team[first : first + AT_ONCE] for team in teams for first in range(0, len(team), AT_ONCE)]
+            size = max(4, min(8, IMAGES_AT_ONCE // len(waiting[0].request.images)))  # type: ignore[union-attr]
+            teams = [team[first : first + size] for team in teams for first in range(0, len(team), size)]
         return teams
 
     def _compute(self, members: list[Member]) -> dict[Member, Answer]:

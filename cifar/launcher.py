@@ -1,5 +1,6 @@
 """Hydra's launcher `fused`: trains the jobs of a sweep that differ only in what can be fused as one (`cifar.fused`)."""
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -87,7 +88,8 @@ class FusedLauncher(Launcher):
                 returns |= run(parts[0], self.max_jobs, self.hydra_context, self.task_function)
             else:
                 log.info("in %d processes: %s", len(parts), "; ".join(_ranges(list(part)) for part in parts))
-                returns |= run_in_processes(parts, self.max_jobs)
+                task = self.task_function.__module__, self.task_function.__name__
+                returns |= run_in_processes(parts, self.max_jobs, task)
         return [returns[number] for number in jobs]
 
     def _compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
@@ -147,8 +149,13 @@ def run(
     return dict(zip(jobs, ran, strict=True))
 
 
-def run_in_processes(parts: Sequence[dict[int, DictConfig]], max_jobs: int | None) -> dict[int, JobReturn]:
-    """Train each part as one in a process of its own, with its share of the threads. Raises Interrupted once all have saved."""
+def run_in_processes(
+    parts: Sequence[dict[int, DictConfig]], max_jobs: int | None, task: tuple[str, str]
+) -> dict[int, JobReturn]:
+    """Train each part as one in a process of its own, with its share of the threads. Raises Interrupted once all have saved.
+
+    `task` is the module and the name of what runs a job.
+    """
     spawn = multiprocessing.get_context("spawn")
     threads = {"OMP_NUM_THREADS": str(max(1, _threads() // len(parts)))}
     most = None if max_jobs is None else -(-max_jobs // len(parts))
@@ -160,7 +167,7 @@ def run_in_processes(parts: Sequence[dict[int, DictConfig]], max_jobs: int | Non
         children = []
         for part in parts:
             ours, theirs = spawn.Pipe()
-            child = spawn.Process(target=_child, args=(part, most, theirs))
+            child = spawn.Process(target=_child, args=(part, most, task, theirs))
             child.start()
             theirs.close()
             children.append((child, ours))
@@ -180,7 +187,7 @@ def run_in_processes(parts: Sequence[dict[int, DictConfig]], max_jobs: int | Non
     return returns
 
 
-def _child(jobs: dict[int, DictConfig], max_jobs: int | None, results: Connection) -> None:
+def _child(jobs: dict[int, DictConfig], max_jobs: int | None, task: tuple[str, str], results: Connection) -> None:
     """In a process of its own: train jobs as one, and send what `run_job` said of each."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -190,14 +197,15 @@ def _child(jobs: dict[int, DictConfig], max_jobs: int | None, results: Connectio
         os._exit(1)  # a sweep that was killed must not go on: it will be started again
 
     threading.Thread(target=follow, daemon=True).start()
-    from cifar.train import main
-
+    module, name = task
+    decorated = getattr(importlib.import_module("__mp_main__" if module == "__main__" else module), name)
     config = next(iter(jobs.values()))
     setup_globals()
     Singleton.instance(JobRuntime).set("name", config.hydra.job.name)
     configure_log(config.hydra.hydra_logging, config.hydra.verbose)
     try:
-        results.send(run(jobs, max_jobs, HydraContext(None, Callbacks(config)), main.__wrapped__))  # type: ignore[arg-type]
+        context = HydraContext(None, Callbacks(config))  # type: ignore[arg-type]  # all is composed already
+        results.send(run(jobs, max_jobs, context, getattr(decorated, "__wrapped__", decorated)))
     except Interrupted as interrupted:
         sys.exit(interrupted.status)
 

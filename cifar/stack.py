@@ -21,8 +21,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[int], AbstractContextManager[None]]
 Compute = Callable[..., list[Any]]
 
-# A convolution of one network with so many multiplications fills the device by itself: the networks then take turns.
-BIG_CONVOLUTION = 2**26
+# A convolution of one network with so many multiplications is computed by itself, network by network: its own kernels are faster
+# than those for grouped convolutions, and calling them costs little then. By device; that of CUDA is not measured yet.
+BIG_CONVOLUTION = {"cpu": 2**22, "cuda": 2**28}
 
 # Passes after which the operations of one are written down, to be repeated without autograd, vmap and the module's Python: for
 # small networks that is half of the time. Tracing takes a tenth of a second, once for each shape of a batch.
@@ -311,7 +312,8 @@ def _halves(
 
 def _is_big(images: Tensor, weight: Tensor) -> bool:
     """Whether a convolution of one network is large enough to fill the device by itself."""
-    return weight.numel() * len(images) * math.prod(images.shape[2:]) >= BIG_CONVOLUTION
+    work = weight.numel() * len(images) * math.prod(images.shape[2:])
+    return work >= BIG_CONVOLUTION.get(images.device.type, 2**28)
 
 
 def _is_mapped(value: Any) -> bool:

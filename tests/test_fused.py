@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ def test_a_network_that_cannot_be_stacked_trains_all_the_same(
     alone(tmp_path / "alone", *jobs)
     for number in range(2):
         assert distance(tmp_path / "fused" / str(number), tmp_path / "alone" / str(number)) == 0
+
+
+@pytest.mark.parametrize(("precision", "compile"), [("fp16", False), ("fp32", True)])
+def test_fp16_and_compiled_networks_are_not_fused(
+    precision: str, compile: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A gradient scaler, for one, is each job's own, and divides gradients by a scale that a stack would not have given them."""
+    trainer = SimpleNamespace(precision=precision, compile=compile, backward="plain")
+    Group([]).join(trainer)
+    assert trainer.backward == "plain"
+    assert "not fused, one job after the other: trainer." in caplog.text
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -75,7 +75,7 @@ def test_each_network_has_the_gradients_it_would_have_alone(
 
 
 def test_large_convolutions_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stack, "BIG_CONVOLUTION", 0)
+    monkeypatch.setattr(stack, "BIG_CONVOLUTION", {"cpu": 0})
     turns = []
     monkeypatch.setattr(
         stack, "in_turn", lambda *arguments, of=stack.in_turn, **k: turns.append(1) or of(*arguments, **k)
