@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = (
-    8  # networks in one stack on a CPU: what it keeps of more no longer fits the caches, and a step takes longer for it
-)
+# Images in one stack on a CPU, of 4 to 8 networks: what a stack keeps of more no longer fits the caches.
+IMAGES_AT_ONCE = 64
 
 T = TypeVar("T")
 Answer = tuple["Tensor", "Tensor", bool]
