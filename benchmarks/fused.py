@@ -3,11 +3,11 @@
     python -m benchmarks.fused IMAGES [--batch 4] [--fraction 0.2] [--rounds 3]      # 16 jobs: 8 learning rates x 2 momenta
     python -m benchmarks.fused IMAGES --growth [--png FILE]                           # 1, 2, 4, ... 256 jobs, fused
 
-The job is the tutorial's network for one epoch of a share of the images. The ways: Hydra's basic launcher, joblib's with two
-processes and the fused one, all with this project's trainer; ModelBatch (modelbatch on PyPI), where it is installed, with its own
-optimizers in a plain loop over batches in memory; and the tutorial's loop over a DataLoader with two workers, of which one job is
-run and counted for each. Ours are timed as whole commands, start, data, evaluation, table and page included; the two loops from
-the first batch to the last test image.
+The job is the tutorial's network, for one epoch of a share of the images unless said otherwise. The ways: Hydra's basic launcher,
+joblib's with two processes and the fused one, all with this project's trainer; ModelBatch (modelbatch on PyPI), where it is
+installed, with its own optimizers in a plain loop over batches in memory; and the tutorial's loop over a DataLoader with two
+workers and torch's own choice of threads, of which one job is run and counted for each. Ours are timed as whole commands, start,
+data, evaluation, table and page included; the two loops from the first batch to the last test image.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 
 from benchmarks.tutorial import tutorial
 from cifar.data.imagefolder import ImageFolder
@@ -77,7 +76,7 @@ def memory(pid: int) -> float:
 
 
 def ours(
-    images: Path, batch: int, fraction: float, launcher: list[str], *more: str
+    images: Path, batch: int, fraction: float, launcher: list[str], *more: str, epochs: int = 1
 ) -> tuple[float, float, float, list]:
     """Return the seconds of the whole command, the best test accuracy, the peak memory in MB, and each job's result."""
     with tempfile.TemporaryDirectory() as folder:
@@ -93,7 +92,7 @@ def ours(
         command += [
             f"data.batch_size={batch}",
             f"data.fraction={fraction}",
-            "trainer.epochs=1",
+            f"trainer.epochs={epochs}",
             "logger=none",
             *launcher,
         ]
@@ -135,24 +134,26 @@ def model_batch(images: Path, batch: int, fraction: float) -> tuple[float, float
     return seconds, best, peak
 
 
-def five_ways(images: Path, batch: int, fraction: float, rounds: int) -> None:
+def five_ways(images: Path, batch: int, fraction: float, rounds: int, epochs: int, names: list[str]) -> None:
     sweep = [f"optimizer.lr={RATES}", f"optimizer.momentum={MOMENTA}"]
     jobs = len(RATES.split(",")) * len(MOMENTA.split(","))
     data = ImageFolder(root=str(images), val_size=0, batch_size=batch, fraction=fraction).load()
     measured: dict[str, list[tuple[float, float, float]]] = {}
     for _ in range(rounds):
-        for name, launcher in LAUNCHERS.items():
+        for name, launcher in ((name, LAUNCHERS[name]) for name in LAUNCHERS if name in names):
             threads = "2" if name == "basic" and batch > 16 else "1"
             # Each way with the threads that suit it: two processes have a core each, a fused step has them all.
             own = [f"trainer.threads={'null' if name == 'fused' else threads}"]
-            measured.setdefault(name, []).append(ours(images, batch, fraction, launcher, *sweep, *own)[:3])
-        if (rival := model_batch(images, batch, fraction)) is not None:
+            measured.setdefault(name, []).append(
+                ours(images, batch, fraction, launcher, *sweep, *own, epochs=epochs)[:3]
+            )
+        if "ModelBatch" in names and (rival := model_batch(images, batch, fraction)) is not None:
             measured.setdefault("ModelBatch", []).append(rival)
         if batch == 4:
-            seconds, accuracy = tutorial(data.train, data.test, 0, 1)
+            seconds, accuracy = tutorial(data.train, data.test, 0, epochs)
             measured.setdefault("tutorial's loop", []).append((jobs * seconds, accuracy, float("nan")))
         print({name: [round(value, 3) for value in runs[-1]] for name, runs in measured.items()}, file=sys.stderr)
-    steps = -(-len(data.train) // batch)
+    steps = epochs * -(-len(data.train) // batch)
     print(f"\n{jobs} jobs of {steps:,} steps at batch {batch}, medians of {rounds}\n")
     print("| | seconds | seconds a job | peak memory, MB | best test accuracy |\n|---|---|---|---|---|")
     for name, runs in measured.items():
@@ -196,15 +197,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--fraction", type=float, default=0.2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[*LAUNCHERS, "ModelBatch"],
+        help="of our launchers and ModelBatch, which trains one epoch",
+    )
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--png", type=Path, default=Path("benchmarks/fused.png"))
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     images = arguments.images.resolve()
     if arguments.growth:
         growth(images, arguments.png)
     else:
-        five_ways(images, arguments.batch, arguments.fraction, arguments.rounds)
+        five_ways(images, arguments.batch, arguments.fraction, arguments.rounds, arguments.epochs, arguments.only)
 
 
 if __name__ == "__main__":
