@@ -21,7 +21,6 @@ import threading
 import time
 from pathlib import Path
 
-
 from benchmarks.tutorial import tutorial
 from cifar.data.imagefolder import ImageFolder
 
