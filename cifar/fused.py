@@ -1,10 +1,10 @@
 """Jobs of a sweep that train side by side in one process, as one network: each runs as it would alone, up to each step's
 forward and backward pass, where it waits for the others.
 
-A job is a greenlet: it has its own stack of calls, and gives way only where `Group.backward` says so, so that nothing else of a
-run knows of the others. When all wait, their gradients are computed in one pass (`cifar.stack`) and each goes on: its own
-optimizer, schedule, log, checkpoints, W&B run. A job that fails or ends leaves; one that goes on from a checkpoint joins
-wherever it is.
+A job is a greenlet: it has its own stack of calls, and gives way only in its trainer's `backward` (see `Group.join`), so that
+nothing else of a run knows of the others. When all wait, their gradients are computed in one pass (`cifar.stack`) and each goes
+on: its own optimizer, schedule, log, checkpoints, W&B run. A job that fails or ends leaves; one that goes on from a checkpoint
+joins wherever it is.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Several networks of one kind as one: their weights stacked, their losses and gradients computed in one pass.
 
 `torch.func.vmap` maps a plain `nn.Module` over a leading dimension, so any model of this project works as it is. Where its
-rule for an operation is slow or can't be what each network would do alone, an equal form takes its place (`FASTER`).
+rule for an operation is slow or can't be what each network would do alone, an equal form takes its place (`Faster`).
 """
 
 import copy
