@@ -93,7 +93,7 @@ class State:
             "scaler": self.scaler.state_dict(),
             "window": {"loss": self.window.loss, "correct": self.window.correct, "images": self.window.images},
             "data": self.data,
-            "rng": _generator_states(self.window.loss.device),
+            "rng": generator_states(self.window.loss.device),
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
@@ -141,7 +141,7 @@ class State:
         self.window.loss.copy_(saved["window"]["loss"])
         self.window.correct.copy_(saved["window"]["correct"])
         self.window.images = saved["window"]["images"]
-        _restore_generators(saved["rng"], self.window.loss.device)
+        restore_generators(saved["rng"], self.window.loss.device)
         self.epoch, self.batch, self.step = saved["epoch"], saved["batch"], saved["step"]
         self.rows, self.best = saved["rows"], saved["best"]
         self.images, self.skipped = saved["images"], saved["skipped"]
@@ -258,8 +258,11 @@ def digest(content: Any) -> str:
     return hasher.hexdigest()
 
 
-def _generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Dropout and the like draw from torch's global generators; data order and augmentation need none (see Batches)."""
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's global generators, from which dropout and the like draw.
+
+    Data order and augmentation need none (see Batches).
+    """
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -268,7 +271,8 @@ def _generator_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put torch's global generators into the states that `generator_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

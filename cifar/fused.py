@@ -7,27 +7,24 @@ on: its own optimizer, schedule, log, checkpoints, W&B run. A job that fails or 
 joins wherever it is.
 """
 
-import contextlib
 import copy
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import greenlet
+import torch
+from torch import Tensor
 
+from cifar.checkpoint import State, generator_states, restore_generators
 from cifar.signals import Interrupted, Stop, stop_on_signals
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from cifar.checkpoint import State
-    from cifar.stack import Loss, Stack
-    from cifar.trainer import Forward, Trainer
+from cifar.stack import CannotStackError, Loss, Stack
+from cifar.trainer import Forward, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -35,18 +32,18 @@ log = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 64
 
 T = TypeVar("T")
-Answer = tuple["Tensor", "Tensor", bool]
+Answer = tuple[Tensor, Tensor, bool]
 
 
 @dataclass
 class Request:
     """What a job waits for: the gradients of its loss over its batch."""
 
-    trainer: "Trainer"
-    state: "State"
-    loss: "Loss"
-    images: "Tensor"
-    targets: "Tensor"
+    trainer: Trainer
+    state: State
+    loss: Loss
+    images: Tensor
+    targets: Tensor
 
 
 @dataclass(eq=False)
@@ -58,7 +55,7 @@ class Member:
     handlers: list[logging.Handler] = field(
         default_factory=lambda: logging.root.handlers[:]
     )  # one writes its train.log
-    generators: dict[str, "Tensor"] | None = None  # states of torch's global generators
+    generators: dict[str, Tensor] | None = None  # states of torch's global generators
     deferred: bool = False  # whether a signal waits for its next step
 
     @property
@@ -86,12 +83,11 @@ class Group:
         self._stacks: dict[tuple[Member, ...], Stack] = {}
         self._works = self._alone = False  # whether the networks are known to be stackable, or not to be
         self._current: Member | None = None
+        self._device = torch.device("cpu")  # whose generators jobs draw from
         self._interrupted: Interrupted | None = None
 
     def run(self) -> list[Any]:
         """Run all jobs to their ends; return what each returned. Raises the first Interrupted once all have saved."""
-        import torch
-
         global _group
         _group = self
         self._threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
@@ -113,7 +109,7 @@ class Group:
         finally:
             for member in self.members:
                 if member.runs:  # what ended the others is on its way to whoever can tell of it
-                    with contextlib.suppress(BaseException):
+                    with suppress(BaseException):
                         self._go_on(member, KeyboardInterrupt("stopped along with another job"))
             _group = None
             torch.set_num_threads(self._threads)
@@ -141,17 +137,15 @@ class Group:
             self._made[key] = make()
         return self._made[key]
 
-    def join(self, trainer: "Trainer") -> None:
+    def join(self, trainer: Trainer) -> None:
         """Have the steps of `trainer` computed along with those of the other jobs."""
         if trainer.precision == "fp16" or trainer.compile:
             why = "compile=true compiles" if trainer.compile else "precision=fp16 scales the loss of"
             log.warning("not fused, one job after the other: trainer.%s each network by itself", why)
             return
-        plain = trainer.backward
+        plain, self._device = trainer.backward, trainer.torch_device
 
-        def backward(
-            state: "State", forward: "Forward", loss: "Loss", images: "Tensor", targets: "Tensor", whole: int
-        ) -> Answer:
+        def backward(state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor, whole: int) -> Answer:
             assert self._current is not None
             self._current.request = Request(trainer, state, loss, images, targets)
             answer = self._hub.switch()
@@ -165,13 +159,13 @@ class Group:
 
         return body
 
-    def _go_on(self, member: Member, answer: "Answer | BaseException | None" = None) -> None:
+    def _go_on(self, member: Member, answer: Answer | BaseException | None = None) -> None:
         """Let a job go on to its next request or its end, with its own log, generators and way to take signals."""
         handlers, deferred = logging.root.handlers[:], self.stop.is_deferred
         self._current = member
         logging.root.handlers[:], self.stop.is_deferred = member.handlers, member.deferred
         if member.generators is not None:
-            _set_generators(member.generators)
+            restore_generators(member.generators, self._device)
         try:
             if isinstance(answer, BaseException):
                 member.greenlet.throw(answer)
@@ -181,7 +175,7 @@ class Group:
             self._interrupted = self._interrupted or interrupted
         finally:
             member.handlers, member.deferred = logging.root.handlers[:], self.stop.is_deferred
-            member.generators = _get_generators()
+            member.generators = generator_states(self._device)
             logging.root.handlers[:], self.stop.is_deferred = handlers, deferred
             self._current = None
 
@@ -189,9 +183,9 @@ class Group:
     def _as(self, member: Member) -> Iterator[None]:
         """Within this context random numbers are drawn as a job's own."""
         assert member.generators is not None
-        _set_generators(member.generators)
+        restore_generators(member.generators, self._device)
         yield
-        member.generators = _get_generators()
+        member.generators = generator_states(self._device)
 
     def _answer(self, waiting: Sequence[Member]) -> dict[Member, Answer]:
         """Compute what the jobs wait for, those with batches of one shape together; none where they must do it themselves."""
@@ -221,8 +215,6 @@ class Group:
         requests = [member.request for member in members if member.request is not None]
         images, trainer = [request.images for request in requests], requests[0].trainer
         if (stack := self._stacks.get(tuple(members))) is None:
-            from cifar.stack import CannotStackError
-
             try:
                 stack = self._stack(members, requests)
             except CannotStackError as error:
@@ -238,12 +230,8 @@ class Group:
         )
         return dict(zip(members, zip(losses.unbind(), rights.unbind(), finite, strict=True), strict=True))
 
-    def _stack(self, members: list[Member], requests: list[Request]) -> "Stack":
+    def _stack(self, members: list[Member], requests: list[Request]) -> Stack:
         """Stack the networks of these jobs, which leaves any other stack that one of them was in without it."""
-        import torch
-
-        from cifar.stack import Stack
-
         self._stacks = {other: stack for other, stack in self._stacks.items() if not {*other} & {*members}}
         stack = Stack([request.state.model for request in requests], lambda number: self._as(members[number]))
         if not self._works:
@@ -272,12 +260,10 @@ def once(key: Any, make: Callable[[], T]) -> T:
 
 def memory_a_job(request: Request) -> int:
     """Return about how many bytes one more job takes: its weights with all that is kept of each, and its backward pass."""
-    import torch
-
     model = copy.deepcopy(request.state.model)
     kept: dict[int, int] = {}
 
-    def keep(value: "Tensor") -> "Tensor":
+    def keep(value: Tensor) -> Tensor:
         kept[value.data_ptr()] = max(value.nbytes, kept.get(value.data_ptr(), 0))
         return value
 
@@ -294,8 +280,6 @@ def memory_a_job(request: Request) -> int:
 
 def available_memory(request: Request) -> float:
     """Return how many bytes the jobs of a group may take on the device: four fifths of what is free."""
-    import torch
-
     if request.images.is_cuda:
         return 0.8 * torch.cuda.mem_get_info(request.images.device)[0]
     try:
@@ -303,20 +287,3 @@ def available_memory(request: Request) -> float:
         return 0.8 * 1024 * int(free)
     except (OSError, ValueError):  # not Linux: half of what there is
         return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _get_generators() -> dict[str, "Tensor"]:
-    import torch
-
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_generators(states: dict[str, "Tensor"]) -> None:
-    import torch
-
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -160,10 +160,7 @@ def run_in_processes(
     threads = {"OMP_NUM_THREADS": str(max(1, _threads() // len(parts)))}
     most = None if max_jobs is None else -(-max_jobs // len(parts))
     returns = {number: _lost(config) for part in parts for number, config in part.items()}
-    with ExitStack() as stack:
-        stop = stack.enter_context(stop_on_signals())
-        stack.enter_context(stop.deferred())
-        stack.enter_context(env_override(threads))
+    with stop_on_signals() as stop, stop.deferred(), env_override(threads):
         children = []
         for part in parts:
             ours, theirs = spawn.Pipe()

@@ -31,16 +31,20 @@ TRACE_AFTER = 10
 
 
 class Stack:
-    """The networks of `models`, which stay usable: their parameters and buffers become views into the stacked ones."""
+    """The networks of `models`, in training. They stay usable: parameters and buffers become views into the stacked ones."""
 
     def __init__(self, models: Sequence[nn.Module], draw: Draw = lambda j: nullcontext()) -> None:
         """Take networks of one architecture, on one device. `draw(j)` is a context in which network j draws random numbers."""
-        self.models, self.draw = list(models), draw
-        self.template = copy.deepcopy(models[0]).to("meta")
+        self.draw = draw
+        self.template = copy.deepcopy(models[0]).to("meta").train()
+        self.is_random = (
+            False  # whether a pass draws random numbers, from each network's generator: a graph knows but one
+        )
         for name, module in self.template.named_modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 alone = [model.get_submodule(name) for model in models]
                 module.forward = partial(self._dropout, alone)
+                self.is_random |= any(layer.p > 0 for layer in alone)  # type: ignore[operator]
         named = [dict(model.named_parameters()) for model in models]
         self.names = list(named[0])
         stacked = {name: torch.stack([own[name].detach() for own in named]) for name in self.names}
@@ -78,13 +82,12 @@ class Stack:
         """
         x, x_dim = _stacked(images)
         y, y_dim = _stacked(targets)
-        self.template.train(self.models[0].training)
         compute: Compute = partial(
             self._compute, losses=losses, x_dim=x_dim, y_dim=y_dim, parts=parts, autocast=autocast
         )
-        key = x.shape, x_dim, y.shape, y_dim, parts, self.template.training
+        key = x.shape, x_dim, y.shape, y_dim, parts
         self._passes += 1
-        if self._passes > TRACE_AFTER and key not in self._graphs and not self._is_random():
+        if self._passes > TRACE_AFTER and key not in self._graphs and not self.is_random:
             from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
 
             # Tracing computes: with the buffers themselves it would count this batch twice.
@@ -102,7 +105,7 @@ class Stack:
                     parameter.grad = view
         if not finite:
             return total, right, _finite(total, [gradient for gradient in gradients if gradient is not None])
-        return total, right, [True] * len(self.models)
+        return total, right, [True] * len(total)
 
     def _compute(
         self,
@@ -144,20 +147,10 @@ class Stack:
         norms = torch._foreach_norm([gradient for gradient in summed if gradient is not None])
         return [total, reduce(torch.add, rights), torch.stack([total.sum(), *norms]).isfinite().all(), *summed]
 
-    def _is_random(self) -> bool:
-        """Whether a pass draws random numbers, from a generator for each network: a graph would know but one."""
-        return any(
-            module.training and module.p > 0
-            for model in self.models
-            for module in model.modules()
-            if isinstance(module, nn.modules.dropout._DropoutNd)
-        )
-
     def rehearse(self, images: Tensor, autocast: AbstractContextManager[Any]) -> None:
         """Try a forward pass that changes nothing; CannotStackError where vmap does not take these networks."""
         draw, self.draw = self.draw, lambda j: nullcontext()
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        self.template.train(self.models[0].training)
         try:
             with torch.no_grad(), torch.random.fork_rng(), autocast:
                 vmap(self._forward, in_dims=(0, 0, 0, None))(self.number, self.parameters, buffers, images)
@@ -228,12 +221,8 @@ class _Physical(torch.autograd.Function):
     """Inside vmap: call a function with the stacked tensors themselves, the networks' dimension first in each."""
 
     @staticmethod
-    def forward(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        return function(*arguments)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        pass  # torch asks for it; what `vmap` calls has contexts of its own
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, function: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor, int]:

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cifar import distributed, fused, launcher
+from cifar import distributed, launcher
 from cifar.config import CONF, build, check, config_hash, help_text, to_container
 from cifar.errors import one_line, reported
 from cifar.run import Job, Run, environment, relative
@@ -61,7 +61,7 @@ def fit_and_test(
     """
     import torch
 
-    from cifar import checkpoint
+    from cifar import checkpoint, fused
     from cifar import logger as loggers
     from cifar.data.batches import Batches, Normalize
     from cifar.logger import warm_up

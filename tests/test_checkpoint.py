@@ -168,7 +168,7 @@ def restoring_lines() -> list[tuple[int, int]]:
     """The first and last line of each statement that puts a saved value back."""
     tree = ast.parse(Path(checkpoint.__file__).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    restoring = [node for node in functions if node.name in ("load_state_dict", "_restore_generators", "load_weights")]
+    restoring = [node for node in functions if node.name in ("load_state_dict", "restore_generators", "load_weights")]
     assert len(restoring) == 3
     statements = [
         node for function in restoring for node in ast.walk(function) if isinstance(node, ast.Expr | ast.Assign)
