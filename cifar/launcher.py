@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 from hydra._internal.callbacks import Callbacks
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from hydra.core.utils import (
@@ -135,17 +134,14 @@ def run(
         )
         for config in jobs.values()
     ]
-    before, config = HydraConfig.instance().cfg, next(iter(jobs.values()))
-    try:
-        if len(jobs) == 1:
-            ran = [each[0]()]
-        else:
-            from cifar.fused import Group
+    if len(jobs) == 1:
+        ran = [each[0]()]
+    else:
+        from cifar.fused import Group
 
-            ran = Group(each, max_jobs).run()
-    finally:
-        HydraConfig.instance().cfg = before
-        configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        ran = Group(each, max_jobs).run()
+    hydra = next(iter(jobs.values())).hydra
+    configure_log(hydra.hydra_logging, hydra.verbose)  # a job has its own
     return dict(zip(jobs, ran, strict=True))
 
 
@@ -181,6 +177,8 @@ def run_in_processes(
             child.join()
         if stop:
             raise stop.interrupted("along with the jobs of the sweep")
+    if failed := [child.exitcode for child, _ in children if child.exitcode and child.exitcode > 0]:
+        sys.exit(failed[0])  # it has said why
     return returns
 
 

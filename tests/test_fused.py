@@ -242,6 +242,16 @@ def test_a_network_that_cannot_be_stacked_trains_all_the_same(
         assert distance(tmp_path / "fused" / str(number), tmp_path / "alone" / str(number)) == 0
 
 
+def test_threads_and_kernels_are_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group computes with all threads and oneDNN, and its trainers set theirs: the next group must not find either."""
+    torch.set_num_threads(3)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    jobs = [["trainer.threads=1", "trainer.onednn=false", "trainer.epochs=1", f"seed={seed}"] for seed in range(2)]
+    together(tmp_path, *jobs)
+    assert torch.get_num_threads() == 3
+    assert not torch.backends.mkldnn.enabled
+
+
 @pytest.mark.parametrize(("precision", "compile"), [("fp16", False), ("fp32", True)])
 def test_fp16_and_compiled_networks_are_not_fused(
     precision: str, compile: bool, caplog: pytest.LogCaptureFixture
@@ -296,6 +306,20 @@ def test_a_stopped_sweep_goes_on_where_it_was(
     for number in range(3):
         assert distance(jobs[number], tmp_path / "alone" / str(number)) < 1e-3
         assert_same_record(jobs[number], tmp_path / "alone" / str(number), 1e-3)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_changed_sweep_is_refused(processes: int, tmp_path: Path, command: Command) -> None:
+    sweep = [*RUN, *MLP, "-m", "hydra/launcher=fused", "seed=0,1,2,3", "trainer.epochs=1", "hydra.sweep.dir=sweep"]
+    sweep += [f"hydra.launcher.processes={processes}"]
+    assert command("train", *sweep).returncode == 0
+    before = [(tmp_path / "sweep" / str(number) / "result.json").read_bytes() for number in range(4)]
+    done = command("train", *sweep, "optimizer.lr=0.07")
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len(lines) == processes
+    assert all("holds a run of another configuration: optimizer.lr was 0.02 and is 0.07" in line for line in lines)
+    assert [(tmp_path / "sweep" / str(number) / "result.json").read_bytes() for number in range(4)] == before
 
 
 def test_a_killed_process_leaves_the_others_jobs_alone(tmp_path: Path, command: Command) -> None:

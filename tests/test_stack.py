@@ -137,6 +137,14 @@ def test_a_network_that_diverged_is_told_apart() -> None:
     assert all(p.grad.isfinite().all() for j in (0, 2) for p in networks[j].parameters())
 
 
+def test_a_loss_that_is_no_number_is_seen_with_finite_gradients() -> None:
+    networks = [Net((3, 32, 32), 10) for _ in range(N)]
+    images, labels = batches(32, shared=True)
+    losses = [cross_entropy, lambda logits, targets: cross_entropy(logits, targets) + float("nan"), cross_entropy]
+    *_, finite = Stack(networks).backward(images, labels, losses, nullcontext())
+    assert finite == [True, False, True]
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_dropout_is_each_networks_own(shared: bool) -> None:
     rates = [0.0, 0.3, 0.6]

@@ -294,6 +294,8 @@ def poisoned(where: str, at: int):
         calls += 1
         if calls != at:
             return cross_entropy(logits, targets)
+        if where == "loss alone":  # a constant: the gradient is as ever
+            return cross_entropy(logits, targets) + math.nan
         return (
             cross_entropy(logits, targets) * math.nan
             if where == "loss"
@@ -303,7 +305,7 @@ def poisoned(where: str, at: int):
     return loss
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "loss alone", "gradient"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_not_finite_stops_before_the_weights_change(where: str, precision: str) -> None:
     split = images(40, 8)
