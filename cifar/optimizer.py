@@ -6,7 +6,7 @@ rate that a schedule multiplies.
 
 from collections.abc import Iterable
 from inspect import unwrap
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, FiniteFloat
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]  # of a running average
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _Untraced:
@@ -59,6 +60,8 @@ class Muon(SGD):
     to norm `rows ** 0.5` before, as airbench94_muon does: for weights whose scale a BatchNorm after them undoes.
     """
 
+    dtype = torch.float32  # in which updates are made orthogonal
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step."""
@@ -90,20 +93,20 @@ class Muon(SGD):
             of_shape.setdefault((len(update), update[0].numel()), []).append(position)
         for (rows, columns), positions in of_shape.items():
             stack = torch.stack([updates[position].reshape(rows, columns) for position in positions])
-            orthogonal = newton_schulz(stack) * max(1, rows / columns) ** 0.5
+            orthogonal = newton_schulz(stack, self.dtype) * max(1, rows / columns) ** 0.5
             for position, update in zip(positions, orthogonal, strict=True):
                 params[position].grad.copy_(update.view_as(params[position]))
 
 
-def newton_schulz(matrices: Tensor, steps: int = 3) -> Tensor:
+def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 3) -> Tensor:
     """Return, for each of `matrices` `(n, rows, columns)`, about `U V^T` of its singular value decomposition `U S V^T`.
 
     A quintic iteration whose coefficients make small singular values grow fastest, so that after three steps most of them lie
-    between 0.5 and 1.5, which serves as well as 1 (https://kellerjordan.github.io/posts/muon/). In bfloat16 on a GPU.
+    between 0.5 and 1.5, which serves as well as 1 (https://kellerjordan.github.io/posts/muon/). Computed in `dtype`: bfloat16
+    rounds far finer than that.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     tall = x.shape[1] > x.shape[2]
     if tall:
         x = x.mT
@@ -167,11 +170,13 @@ def muon(
     bias_lr: NonNegative = 0.01,
     sgd_momentum: Decay = 0.9,
     sgd_decay: NonNegative = 0.0,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
 ) -> Muon:
     """`Muon` for hidden matrices and filters, SGD with Nesterov momentum for the last matrix, biases and norms.
 
     `lr` and `momentum` are the hidden ones'; `sgd_decay` is the share by which each step shrinks the others' weights.
-    Parameters that are not trained may be among `params`. ValueError where there is no matrix.
+    `precision` is the orthogonalisation's; None: bf16 on a GPU, fp32 on a CPU, which may be slow at bf16. Parameters that are
+    not trained may be among `params`. ValueError where there is no matrix.
     """
     trained = [p for p in params if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1]
@@ -192,6 +197,7 @@ def muon(
     ]
     groups = [group for group in groups if group["params"]]
     optimizer = Muon(groups, lr=lr, fused=_fused(groups))
+    optimizer.dtype = DTYPES[precision or ("bf16" if matrices[0].is_cuda else "fp32")]
     optimizer._step_supports_amp_scaling = False  # the scaler must look for itself whether to leave a step out
     return optimizer
 

@@ -145,16 +145,29 @@ assert "torch._dynamo" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("shape", [(4, 6, 10), (3, 10, 6), (1, 8, 8)])
-def test_newton_schulz_keeps_directions_and_levels_singular_values(shape: tuple[int, int, int]) -> None:
+def test_newton_schulz_keeps_directions_and_levels_singular_values(
+    shape: tuple[int, int, int], dtype: torch.dtype, atol: float
+) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(shape)
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    levelled = u.mT @ newton_schulz(matrices, steps=5) @ vh.mT
+    levelled = u.mT @ newton_schulz(matrices, dtype, steps=5) @ vh.mT
     values = levelled.diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(levelled, torch.diag_embed(values), rtol=0, atol=1e-4)
+    torch.testing.assert_close(levelled, torch.diag_embed(values), rtol=0, atol=atol)
     assert (s.amax(1) / s.amin(1)).max() > 2  # they were not level before
     assert 0.5 < values.min() < values.max() < 1.5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", None])
+def test_muons_precision_is_that_of_its_orthogonal_updates(precision: str | None) -> None:
+    torch.manual_seed(0)
+    hidden, head = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.ones(1, 1))
+    hidden.grad = torch.randn(4, 6)
+    expected = -newton_schulz(1.9 * hidden.grad[None], torch.bfloat16 if precision == "bf16" else torch.float32)[0]
+    muon([hidden, head], lr=1, precision=precision).step()
+    torch.testing.assert_close(hidden.data, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
