@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -377,6 +379,29 @@ def test_other_kernels_compute_the_same() -> None:
     trainer = Trainer(device="cpu")
     assert torch.backends.mkldnn.enabled
     torch.testing.assert_close(trainer.infer(model, batches(split)), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_freed_memory_is_kept() -> None:
+    code = """
+import resource, torch
+from cifar.trainer import Trainer
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+anew = faults()
+Trainer(device="cpu")
+faults()
+print(anew, faults())
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    anew, kept = map(int, run.stdout.split())
+    assert anew > 50_000
+    assert kept < 1_000
 
 
 def test_threads_are_set() -> None:
