@@ -65,6 +65,7 @@ def fit_and_test(
     from cifar import logger as loggers
     from cifar.data.batches import Batches, Normalize
     from cifar.logger import warm_up
+    from cifar.models import check_sizes
 
     world = distributed.world()
     if world.leads:
@@ -95,7 +96,12 @@ def fit_and_test(
     training = fused.once(
         (data_key, repr(settings["augment"]), cfg.seed),
         lambda: batches(
-            data.train, batch_size=source.batch_size, augment=augment, drop_last=source.drop_last, seed=cfg.seed
+            data.train,
+            batch_size=source.batch_size,
+            first_sizes=source.first_sizes,
+            augment=augment,
+            drop_last=source.drop_last,
+            seed=cfg.seed,
         ),
     )
     validation = data.val and batches(data.val, batch_size=trainer.eval_batch_size)
@@ -105,6 +111,7 @@ def fit_and_test(
     model.to(device, memory_format=trainer.memory_format)
     if hasattr(model, "initialize"):  # what a model's first weights take from the data
         model.initialize(normalize(data.train.images[:5000]))
+    check_sizes(model, data.image_shape[0], source.first_sizes)
     loss = build(cfg.loss)
     optimizer = build(cfg.optimizer)(model.parameters())
     schedule = build(cfg.schedule)(trainer.epochs * len(training))

@@ -1,10 +1,11 @@
 """Batches cut by index from images that already lie on the device: no workers, no queue, no copy a step."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from cifar.data.dataset import Split
 
@@ -43,14 +44,16 @@ class Batches:
         *,
         seed: int = 0,
         augment: Augmentation | None = None,
+        first_sizes: Sequence[int] = (),
         drop_last: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
         rank: int = 0,
         size: int = 1,
         shared: bool = False,
     ) -> None:
-        """With several processes (`size`), iteration gives the part of each batch that is process `rank`'s.
+        """Epochs as long as there are `first_sizes` are resized to squares of so many pixels, antialiased bilinear.
 
+        With several processes (`size`), iteration gives the part of each batch that is process `rank`'s.
         `shared` keeps what was prepared last, for others who iterate in step: they get the same tensors.
         """
         self.images = split.images
@@ -59,6 +62,7 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
+        self.first_sizes = first_sizes
         self.used = len(split) // batch_size * batch_size if drop_last else len(split)
         self.memory_format = memory_format
         first_turn = torch.randint(2, self.labels.shape, generator=self._generator("cpu", "turn"))
@@ -128,7 +132,10 @@ class Batches:
             images, targets = self.augment(
                 images.to(torch.float32).div_(255), targets, generator, self.first_turn.index_select(0, index) + epoch
             )
-        return self.normalize(images).contiguous(memory_format=self.memory_format), targets
+        images = self.normalize(images)
+        if epoch < len(self.first_sizes):
+            images = interpolate(images, (self.first_sizes[epoch],) * 2, mode="bilinear", antialias=True)
+        return images.contiguous(memory_format=self.memory_format), targets
 
     def _generator(self, device: torch.device | str, *key: str | int) -> torch.Generator:
         # A hash keeps the streams of neighbouring seeds, epochs and purposes unrelated.

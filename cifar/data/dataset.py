@@ -80,6 +80,7 @@ class Source(ABC):
     mean: Means | None = None  # a channel's mean of x / 255; None: measured on the images trained on
     std: Stds | None = None  # its standard deviation
     image_size: PositiveInt | None = None  # resize to a square of so many pixels; None: as they are
+    first_sizes: tuple[PositiveInt, ...] = ()  # `image_size` of the first epochs' training batches
     drop_last: bool = False  # leave out an epoch's last batch where it is not full
 
     @abstractmethod

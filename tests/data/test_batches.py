@@ -123,3 +123,26 @@ def test_alternating_flips_show_each_image_both_ways_in_any_two_epochs() -> None
     first = [flipped[0, number] for number in range(40)]
     assert 5 < sum(first) < 35
     assert first == [not flipped[1, number] for number in range(40)] == [flipped[2, number] for number in range(40)]
+
+
+def test_the_first_epochs_are_the_same_batches_made_smaller() -> None:
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    data, settings = Split(images, torch.arange(40)), {"seed": 3, "augment": Augment(10, crop=2, flip=0.5)}
+    whole, small = (
+        Batches(data, NORMALIZE, 16, **settings),
+        Batches(data, NORMALIZE, 16, first_sizes=[4, 6], **settings),
+    )
+    for epoch, size in enumerate((4, 6, 8)):
+        for (expected, labels), (got, same_labels) in zip(whole.epoch(epoch), small.epoch(epoch), strict=True):
+            assert torch.equal(labels, same_labels)
+            if size == 4:  # halved with antialiasing: weights 1, 3, 3, 1 at 4 pixels a side
+                padded = torch.nn.functional.pad(expected, (1, 1, 1, 1), value=torch.nan)
+                taps = torch.tensor([1.0, 3, 3, 1])
+                windows, weights = padded.unfold(2, 4, 2).unfold(3, 4, 2), taps[:, None] * taps
+                inside = ~windows.isnan()
+                expected = (windows.nan_to_num() * weights).sum((4, 5)) / (inside * weights).sum((4, 5))
+            elif size == 6:
+                assert got.shape[2:] == (6, 6)
+                continue
+            torch.testing.assert_close(got, expected)
+    assert all(images.shape[2:] == (8, 8) for images in small.in_order())
