@@ -2,7 +2,7 @@
 
     python -m benchmarks.overhead IMAGES [--rounds 5]
 
-With the trainer go metrics, W&B offline, checkpoints, the finite check and a progress bar. Both do the same steps at batch 128 on
+With the trainer go metrics, W&B offline, the finite check and a progress bar. Both do the same steps at batch 128 on
 the same images; they alternate, and medians are compared. Then the time from the command to the end of the first step.
 """
 
@@ -83,7 +83,7 @@ def whole(name: str, batches: Batches) -> float:
             run.keep(run.step_checkpoint(state.step), is_best, trainer.keep_last)
 
         trainer.fit(state, cross_entropy, constant(EPOCHS[name] * len(batches)), batches, None, record, save)
-        return state.seconds["train"]  # the checkpoint of an epoch's end, is in RESULTS.md apart
+        return state.seconds["train"]  # without the checkpoint at each epoch's end
 
 
 def first_step(images: Path) -> float:

@@ -51,7 +51,7 @@ class Batches:
         size: int = 1,
         shared: bool = False,
     ) -> None:
-        """Epochs as long as there are `first_sizes` are resized to squares of so many pixels, antialiased bilinear.
+        """Images of the first epochs are resized to squares, antialiased bilinear: of epoch i to `first_sizes[i]` pixels a side.
 
         With several processes (`size`), iteration gives the part of each batch that is process `rank`'s.
         `shared` keeps what was prepared last, for others who iterate in step: they get the same tensors.
