@@ -29,9 +29,9 @@ class Augment:
     `flip="alternate"` mirrors an image in every other epoch, beginning by chance: as random as flipping each time by chance, but
     over any two epochs it is seen both ways (Jordan 2024, https://arxiv.org/abs/2404.00498, section 3.6).
 
-    The order: policy, crop, rotation, flip, cutout, then mixup or CutMix. With both of these on, an image gets one or
-    the other with equal chance. Labels come back as they are unless one of the two is on, which makes them
-    probabilities.
+    The order: policy, crop, rotation, flip, brightness, contrast, cutout, then mixup or CutMix. With both of these on, an
+    image gets one or the other with equal chance. Labels come back as they are unless one of the two is on, which makes
+    them probabilities.
     """
 
     num_classes: int
@@ -40,6 +40,8 @@ class Augment:
     crop_mode: Padding = "constant"
     rotation: Degrees = 0.0
     flip: Probability | Literal["alternate"] = 0.0
+    brightness: Probability = 0.0
+    contrast: Probability = 0.0
     cutout: NonNegativeInt = 0
     mixup: Alpha = 0.0
     cutmix: Alpha = 0.0
@@ -66,6 +68,10 @@ class Augment:
             images = torch.where(_per_image(turns % 2 == 1), images.flip(3), images)
         elif self.flip:
             images = flip(images, generator, self.flip)
+        if self.brightness:
+            images = brightness(images, generator, self.brightness)
+        if self.contrast:
+            images = contrast(images, generator, self.contrast)
         if self.cutout:
             if self.cutout >= side:
                 raise ValueError(
@@ -105,6 +111,19 @@ def rotate(images: Tensor, generator: Generator, degrees: Degrees) -> Tensor:
     angle = (2 * _uniform(images, generator) - 1) * degrees
     still = angle.new_zeros(len(images), 2)
     return _warp(images, angle, shear=still, shift=still)
+
+
+def brightness(images: Tensor, generator: Generator, most: Probability) -> Tensor:
+    """Multiply each image by a factor uniform in 1 ± `most`, clipped to [0, 1]: torchvision's ColorJitter, for each image."""
+    factor = 1 + most * (2 * _uniform(images, generator) - 1)
+    return (images * _per_image(factor)).clamp_(0, 1)
+
+
+def contrast(images: Tensor, generator: Generator, most: Probability) -> Tensor:
+    """Scale each image's distance from its mean grey by a factor uniform in 1 ± `most`, clipped to [0, 1], as ColorJitter."""
+    factor = 1 + most * (2 * _uniform(images, generator) - 1)
+    mean = _grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, _per_image(factor)).clamp_(0, 1)
 
 
 def cutout(images: Tensor, generator: Generator, size: int) -> Tensor:

@@ -9,7 +9,20 @@ from scipy import stats  # type: ignore[import-untyped]
 from torch import Generator, Tensor
 from torchvision.transforms import InterpolationMode
 
-from cifar.augment import OPERATIONS, Augment, Padding, crop, cutmix, cutout, flip, mixup, rotate, trivial_augment
+from cifar.augment import (
+    OPERATIONS,
+    Augment,
+    Padding,
+    brightness,
+    contrast,
+    crop,
+    cutmix,
+    cutout,
+    flip,
+    mixup,
+    rotate,
+    trivial_augment,
+)
 
 
 def generator(seed: int = 0) -> Generator:
@@ -35,6 +48,8 @@ TRANSFORMS: dict[str, Callable[[Tensor, Generator], Tensor]] = {
     "crop": lambda images, random: crop(images, random, 4),
     "crop reflect": lambda images, random: crop(images, random, 4, "reflect"),
     "rotate": lambda images, random: rotate(images, random, 30),
+    "brightness": lambda images, random: brightness(images, random, 0.4),
+    "contrast": lambda images, random: contrast(images, random, 0.4),
     "cutout": lambda images, random: cutout(images, random, 5),
     "mixup": lambda images, random: mixup(images, one_hot(len(images)), random, 0.4)[0],
     "cutmix": lambda images, random: cutmix(images, one_hot(len(images)), random, 1.0)[0],
@@ -115,6 +130,21 @@ def test_rotate_is_torchvisions(size: tuple[int, int]) -> None:
     for rotated, image, angle in zip(rotate(images, generator(), 40), images, angles, strict=True):
         expected = TF.rotate(image[None], angle, InterpolationMode.BILINEAR)[0]
         torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"), [("brightness", TF.adjust_brightness), ("contrast", TF.adjust_contrast)]
+)
+def test_brightness_and_contrast_are_torchvisions_by_a_factor_uniform_around_1(
+    name: str, reference: Callable[[Tensor, float], Tensor]
+) -> None:
+    images = pictures()
+    factors = 1 + 0.6 * (2 * torch.rand(64, generator=generator(3)) - 1)
+    expected = torch.stack([reference(image, float(factor)) for image, factor in zip(images, factors, strict=True)])
+    got = {"brightness": brightness, "contrast": contrast}[name](images, generator(3), 0.6)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)  # its weight of red has a digit more
+    assert factors.min() < 0.5  # both directions were drawn
+    assert factors.max() > 1.5
 
 
 def test_cutout_greys_the_drawn_square() -> None:
@@ -315,26 +345,37 @@ def test_nothing_on_returns_the_inputs() -> None:
     assert torch.equal(random.get_state(), generator().get_state())
 
 
-def test_order_is_policy_crop_rotation_flip_cutout_mixup() -> None:
+def test_order_is_policy_crop_rotation_flip_brightness_contrast_cutout_mixup() -> None:
     images, labels, random = pictures(), torch.arange(64) % 5, generator()
     expected = trivial_augment(images, random)
     expected = crop(expected, random, 3, "reflect")
     expected = rotate(expected, random, 20)
     expected = flip(expected, random, 0.4)
+    expected = brightness(expected, random, 0.3)
+    expected = contrast(expected, random, 0.2)
     expected = cutout(expected, random, 4)
     expected, expected_targets = mixup(expected, F.one_hot(labels, 5).float(), random, 0.3)
     augment = Augment(
-        5, policy="trivial", crop=3, crop_mode="reflect", rotation=20, flip=0.4, cutout=4, mixup=0.3, cutmix=0.0
+        5,
+        policy="trivial",
+        crop=3,
+        crop_mode="reflect",
+        rotation=20,
+        flip=0.4,
+        brightness=0.3,
+        contrast=0.2,
+        cutout=4,
+        mixup=0.3,
     )
     got, targets = augment(images, labels, generator())
     assert torch.equal(got, expected)
     assert torch.equal(targets, expected_targets)
 
 
-@pytest.mark.parametrize("key", ["policy", "crop", "rotation", "flip", "cutout"])
+@pytest.mark.parametrize("key", ["policy", "crop", "rotation", "flip", "brightness", "contrast", "cutout"])
 def test_labels_stay_labels_without_mixing(key: str) -> None:
     images, labels = pictures(), torch.arange(64) % 5
-    settings: dict[str, Any] = {key: {"policy": "trivial", "flip": 0.5}.get(key, 4)}
+    settings: dict[str, Any] = {key: {"policy": "trivial", "crop": 4, "rotation": 4, "cutout": 4}.get(key, 0.5)}
     got, targets = Augment(5, **settings)(images, labels, generator())
     assert targets is labels
     assert not torch.equal(got, images)
@@ -381,7 +422,8 @@ def test_what_is_too_large_for_the_images_is_refused_by_name(settings: dict[str,
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_everything_runs_on_a_gpu() -> None:
     images, labels = pictures().cuda(), (torch.arange(64) % 5).cuda()
-    augment = Augment(5, policy="trivial", crop=3, rotation=20, flip=0.4, cutout=4, mixup=0.3, cutmix=1.0)
+    jitter = {"brightness": 0.3, "contrast": 0.2}
+    augment = Augment(5, policy="trivial", crop=3, rotation=20, flip=0.4, cutout=4, mixup=0.3, cutmix=1.0, **jitter)
     got, targets = augment(images, labels, Generator("cuda").manual_seed(0))
     again, _ = augment(images, labels, Generator("cuda").manual_seed(0))
     assert got.is_cuda
