@@ -52,6 +52,31 @@ def test_it_is_airbenchs_network() -> None:
     torch.testing.assert_close(F.conv2d(x := torch.randn(1, 64, 5, 5), group.conv1.weight, padding=1)[:, :64], x)
 
 
+def test_a_third_convolution_is_residual() -> None:
+    """The same function as airbench96's group written out, in the groups that have three."""
+    torch.manual_seed(0)
+    model = SpeedNet((3, 32, 32), 10, widths=[4, 6], depths=[2, 3]).eval()
+    assert [len([p for p in group.parameters() if p.ndim == 4]) for group in model.groups] == [2, 3]
+    group, x = model.groups[1], torch.randn(2, 4, 8, 8)
+    torch.nn.init.normal_(group.conv3.weight)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, torch.zeros(6), torch.ones(6), eps=1e-12)
+
+    first = F.gelu(norm(F.max_pool2d(F.conv2d(x, group.conv1.weight, padding=1), 2)))
+    second = F.gelu(norm(F.conv2d(first, group.conv2.weight, padding=1)))
+    expected = F.gelu(norm(F.conv2d(second, group.conv3.weight, padding=1)) + first)
+    torch.testing.assert_close(group(x), expected, rtol=1e-4, atol=1e-6)
+    assert not group.norm3.weight.requires_grad
+    fresh = SpeedNet((3, 32, 32), 10, widths=[4], depths=[3]).groups[0].conv3.weight
+    torch.testing.assert_close(F.conv2d(y := torch.randn(1, 4, 5, 5), fresh, padding=1), y)
+
+
+def test_a_depth_for_each_group() -> None:
+    with pytest.raises(ValueError, match=r"^model\.depths=\[2, 3\]: needs one number for each of model\.widths=\[4\]"):
+        SpeedNet((3, 32, 32), 10, widths=[4], depths=[2, 3])
+
+
 def test_nothing_is_computed_back_to_a_first_layer_without_bias() -> None:
     model = SpeedNet((3, 32, 32), 10, widths=[4, 4], whiten_bias=False)
     assert not model.whiten(pictures(2)).requires_grad
