@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 IMAGES_AT_ONCE = 64
 
 T = TypeVar("T")
-Answer = tuple[Tensor, Tensor, bool]
+Answer = tuple[Tensor, Tensor, bool | Tensor]
 
 
 @dataclass
@@ -139,8 +139,12 @@ class Group:
 
     def join(self, trainer: Trainer) -> None:
         """Have the steps of `trainer` computed along with those of the other jobs."""
-        if trainer.precision == "fp16" or trainer.compile:
-            why = "compile=true compiles" if trainer.compile else "precision=fp16 scales the loss of"
+        alone = {
+            "compile=true compiles": trainer.compile,
+            "cuda_graph=true records": trainer.cuda_graph,
+            "precision=fp16 scales the loss of": trainer.precision == "fp16",
+        }
+        for why in (why for why, is_so in alone.items() if is_so):
             log.warning("not fused, one job after the other: trainer.%s each network by itself", why)
             return
         plain, self._device = trainer.backward, trainer.torch_device

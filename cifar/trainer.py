@@ -20,6 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from cifar.checkpoint import State, Window
 from cifar.data.batches import Batches
 from cifar.distributed import world
+from cifar.graph import Graphs
 from cifar.signals import Interrupted, Stop
 from cifar.stack import Faster
 from cifar.tta import VIEWS
@@ -48,6 +49,7 @@ class Trainer:
     threads: PositiveInt | None = None
     onednn: bool = True
     compile: bool = False
+    cuda_graph: bool = False
     channels_last: bool = False
     accumulate: PositiveInt = 1
     clip_norm: PositiveFloat | None = None
@@ -72,6 +74,9 @@ class Trainer:
         torch.backends.mkldnn.enabled = self.onednn  # type: ignore[assignment]  # of the whole process, as the device is
         self.world = world()
         self.world.check(self.torch_device)
+        if self.cuda_graph:
+            self._check_cuda_graph()
+            Graphs(self)
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -187,11 +192,7 @@ class Trainer:
             for buffer, value in zip(state.model.buffers(), before, strict=bool(before)):
                 buffer.copy_(value)
             return False
-        if self.clip_norm is not None:
-            gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
-            nn.utils.clip_grads_with_norm_(state.parameters, self.clip_norm, nn.utils.get_total_norm(gradients))
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
+        self.update(state)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
         state.window.add(total, correct, whole)
@@ -199,12 +200,14 @@ class Trainer:
 
     def backward(
         self, state: State, forward: Forward, loss: Loss, images: Tensor, targets: Tensor, whole: int
-    ) -> tuple[Tensor, Tensor, bool]:
+    ) -> tuple[Tensor, Tensor, Tensor | bool]:
         """Give each parameter its gradient of the mean loss over the batch of `whole` images.
 
-        Returns that loss (), how many predictions were right (), and whether loss and gradients are finite.
+        Returns that loss (), how many predictions were right (), and whether loss and gradients are finite, bool (); nothing
+        waits for the device.
         """
-        state.optimizer.zero_grad(set_to_none=True)
+        for parameter in state.parameters:
+            parameter.grad = None
         losses, rights = [], []
         parts = images.chunk(self.accumulate)
         for part, part_targets in zip(parts, targets.chunk(self.accumulate), strict=True):
@@ -227,7 +230,15 @@ class Trainer:
         # In fp16 a gradient may overflow: the scaler sees it, leaves out the step and lowers its scale.
         if self.precision != "fp16":
             checked += [parameter.grad for parameter in state.parameters if parameter.grad is not None]
-        return total, correct, not any_not_finite(checked)
+        return total, correct, all_finite(checked)
+
+    def update(self, state: State) -> None:
+        """Change the weights by their gradients."""
+        if self.clip_norm is not None:
+            gradients = [parameter.grad for parameter in state.parameters if parameter.grad is not None]
+            nn.utils.clip_grads_with_norm_(state.parameters, self.clip_norm, nn.utils.get_total_norm(gradients))
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
 
     def validate(self, state: State, loss: Loss, val: Batches) -> dict[str, float]:
         """Return loss and accuracy on the validation split as `val/loss`, `val/accuracy`."""
@@ -261,6 +272,16 @@ class Trainer:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=AMP_DTYPES[self.precision])
+
+    def _check_cuda_graph(self) -> None:
+        if self.torch_device.type != "cuda":
+            raise ValueError(f"trainer.cuda_graph=true: needs a CUDA device; this run's is {self.torch_device.type}")
+        if self.precision == "fp16":
+            raise ValueError(
+                "trainer.cuda_graph=true: not with trainer.precision=fp16, whose loss scale changes; use bf16"
+            )
+        if self.world.size > 1:
+            raise ValueError("trainer.cuda_graph=true: for one process; gradients of several meet outside of a graph")
 
     def _skip(self, state: State, indices: Tensor) -> None:
         shown = ", ".join(map(str, indices[:16].tolist())) + (", ..." if len(indices) > 16 else "")
@@ -334,12 +355,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def any_not_finite(tensors: list[Tensor]) -> bool:
-    """Whether any number in any of them is infinite or not a number, in one pass on their device and one wait for it."""
+def all_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether no number in any of them is infinite or not a number, bool (), in one pass on their device."""
     found = torch.zeros((), device=tensors[0].device)
     # The kernel of torch.amp.GradScaler: it sets the flag and divides by a scale, here 1.
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.ones_like(found))
-    return found.item() > 0
+    return found == 0
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:

@@ -252,15 +252,15 @@ def test_threads_and_kernels_are_as_before(tmp_path: Path, monkeypatch: pytest.M
     assert not torch.backends.mkldnn.enabled
 
 
-@pytest.mark.parametrize(("precision", "compile"), [("fp16", False), ("fp32", True)])
-def test_fp16_and_compiled_networks_are_not_fused(
-    precision: str, compile: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(
+    "own", [{"precision": "fp16"}, {"compile": True}, {"cuda_graph": True}], ids=lambda own: next(iter(own))
+)
+def test_what_a_network_needs_by_itself_is_not_fused(own: dict, caplog: pytest.LogCaptureFixture) -> None:
     """A gradient scaler, for one, is each job's own, and divides gradients by a scale that a stack would not have given them."""
-    trainer = SimpleNamespace(precision=precision, compile=compile, backward="plain")
+    trainer = SimpleNamespace(**({"precision": "fp32", "compile": False, "cuda_graph": False} | own), backward="plain")
     Group([]).join(trainer)
     assert trainer.backward == "plain"
-    assert "not fused, one job after the other: trainer." in caplog.text
+    assert f"not fused, one job after the other: trainer.{next(iter(own))}=" in caplog.text
 
 
 @pytest.mark.parametrize("processes", [1, 2])
