@@ -40,6 +40,7 @@ class Graphs:
         """Take the `Trainer` whose steps are to be recorded."""
         self._backward, self._update = trainer.backward, trainer.update
         trainer.backward, trainer.update = self.backward, self.update
+        self._state: State | None = None
         self._seen: Counter = Counter()
         self._recorded: dict[Any, Recorded] = {}
         self._current: Recorded | None = None
@@ -48,7 +49,9 @@ class Graphs:
         self, state: State, forward: Callable, loss: Callable, images: Tensor, targets: Tensor, whole: int
     ) -> Answer:
         """See `Trainer.backward`; the answer is overwritten by the next step."""
-        key = id(state), images.shape, images.stride(), targets.shape, whole
+        if state is not self._state:  # another run: other tensors
+            self._state, self._seen, self._recorded = state, Counter(), {}
+        key = images.shape, images.stride(), targets.shape, whole
         self._seen[key] += 1
         if self._seen[key] <= WARM_UP:
             self._current = None

@@ -144,6 +144,15 @@ def test_recorded_steps_are_the_plain_ones(name: str) -> None:
     assert all(isinstance(group["lr"], float) for group in recorded.optimizer.param_groups)  # as checkpoints keep it
 
 
+def test_a_trainer_records_anew_for_another_run() -> None:
+    trainer = Trainer(epochs=3, device="cpu")
+    graphs = Graphs(trainer)
+    for _ in range(2):
+        state, _ = fit(trainer, mlp, lambda p: sgd(p, lr=0.1, momentum=0.9), n=40)
+        assert graphs._seen.total() == state.step == 15
+    assert len(tapes) == 4
+
+
 def test_a_rate_that_was_recorded_as_a_number_would_show() -> None:
     """What the comparison above is worth: a graph whose rates are never filled in again ends elsewhere."""
     trainers = [Trainer(epochs=5, device="cpu") for _ in range(2)]
